@@ -1,0 +1,284 @@
+"""What the families with an autoregressive decoder share: scoring in one pass, cached generation steps, `generate`."""
+
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+from latentlm.distributions import Stream, sample_from_noise, sequence_keys, sequence_noise
+from latentlm.errors import InputError
+from latentlm.latent_lm import LatentLM, LatentLMConfig, LatentLMOutput
+from latentlm.layers import self_cache
+
+
+@strict
+class CausalConfig(LatentLMConfig):
+    """Fields of a Transformer decoder. Names follow transformers.
+
+    Args:
+        intermediate_size: width of the gated feed-forward layer; by default 8/3 of hidden_size, up to a multiple of 32.
+        max_position_embeddings: the longest text, T, in tokens after BOS.
+        sliding_window: tokens that self-attention sees, itself included; None for all.
+        dropout: on attention weights and on what each sub-layer adds; training only.
+    """
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 8
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    sliding_window: int | None = 256
+    dropout: float | int = 0.0
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 32 * -(-8 * self.hidden_size // (3 * 32))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of the validation of `@strict`."""
+        counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
+                f"({self.num_attention_heads}), since rotary positions turn pairs of numbers of each head"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, or null for none, not {self.sliding_window}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+
+
+class CausalLatentLM(LatentLM, GenerationMixin):
+    """A latent language model whose decoder is p(x | z) = Π_t p(x_t | z, x_<t).
+
+    A family gives `embed_tokens`, `lm_head` and `hidden_states`, beside `prior` and `infer`.
+    """
+
+    config: CausalConfig
+    embed_tokens: nn.Embedding
+    lm_head: nn.Linear
+    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _no_split_modules = ["DecoderBlock"]
+
+    def hidden_states(
+        self,
+        latents: Float[Tensor, "batch *event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        position_ids: Int64[Tensor, "batch time"] | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Float[Tensor, "batch time hidden"]:
+        """States from which `lm_head` predicts the token after each of `input_ids`. The mask covers cached tokens, too."""
+        raise NotImplementedError
+
+    def new_cache(self) -> Cache | None:
+        """A fresh cache for `generate`; None lets GenerationMixin make its own."""
+        return None
+
+    # ---- scoring -------------------------------------------------------------------------------------------------
+
+    def _scored_states(
+        self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """Hidden states and targets with samples folded into the batch, and the samples' shape to unfold them with."""
+        batch_dim = latents.dim() - 1 - self.latent_dims
+        samples = tuple(latents.shape[: max(batch_dim, 0)])
+        if batch_dim < 0 or latents.shape[batch_dim] != len(input_ids):
+            raise InputError(
+                f"latents of shape {list(latents.shape)} do not fit {len(input_ids)} sequences: give one latent for each."
+            )
+        latents = latents.flatten(0, batch_dim)
+        repeats = len(latents) // max(len(input_ids), 1)
+        if attention_mask is not None:
+            attention_mask = attention_mask.repeat(repeats, 1)[:, :-1]
+        input_ids = input_ids.repeat(repeats, 1)
+        return self.hidden_states(latents, input_ids[:, :-1], attention_mask), input_ids[:, 1:], samples
+
+    def decode(
+        self,
+        latents: Float[Tensor, "*samples_batch_event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+    ) -> Float[Tensor, "*samples batch scored vocabulary"]:
+        states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
+        return self.lm_head(states).unflatten(0, (*samples, len(input_ids)))
+
+    def log_likelihood(
+        self,
+        latents: Float[Tensor, "*samples_batch_event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+    ) -> Float[Tensor, "*samples batch scored"]:
+        states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
+        nll = nn.functional.cross_entropy(self.lm_head(states).float().flatten(0, 1), targets.flatten(), reduction="none")
+        scored = self.scored_tokens(input_ids, attention_mask)
+        return (-nll).view(*samples, *scored.shape).masked_fill(~scored, 0.0)
+
+    # ---- generation ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        condition: Any = None,
+        latents: Float[Tensor, "batch *event"] | None = None,
+        position_ids: Int64[Tensor, "batch time"] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        seed: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> LatentLMOutput:
+        """Without latents the objective (`LatentLM.forward`); with latents a step of generation, and no inference.
+
+        A step returns logits of the token after each of the last `logits_to_keep` of `input_ids` (0 for all of them).
+        """
+        if latents is None:
+            return super().forward(
+                input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        states = self.hidden_states(latents, input_ids, attention_mask, position_ids, past_key_values)
+        return LatentLMOutput(logits=self.lm_head(states[:, -logits_to_keep:]), past_key_values=past_key_values)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Int64[Tensor, "batch time"] | None = None,
+        latents: Float[Tensor, "batch *event"] | None = None,
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+        *,
+        max_new_tokens: int = 64,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Text from latents, from a prompt, or from the prior, through transformers' `GenerationMixin.generate`.
+
+        Args:
+            input_ids: prompts, BOS x_1 … ; padding may be on either side. None starts from BOS alone.
+            latents: z for each prompt. None infers q(z | prompt) once and draws from it; a prompt of BOS alone draws
+                from the prior.
+            num_return_sequences: texts for each prompt; each has a z of its own unless `latents` are given or beams are
+                searched (beams share their prompt's z).
+            seed: makes the call repeatable and leaves torch's global generator alone; None draws from that generator.
+            kwargs: anything else of `GenerationMixin.generate`: do_sample, temperature, top_k, top_p, num_beams …
+
+        Returns:
+            Token ids [batch · num_return_sequences, time] with the prompt (left-padded), or what
+            `return_dict_in_generate=True` gives.
+        """
+        if max_new_tokens < 1 or num_return_sequences < 1:
+            raise InputError("max_new_tokens and num_return_sequences must be at least 1.")
+        if input_ids is None:
+            rows = 1 if latents is None else len(latents)
+            input_ids = torch.full((rows, 1), self._bos(), device=self.device)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = _padded_left(input_ids, attention_mask)
+        longest = self.config.max_position_embeddings
+        if input_ids.shape[1] - 1 + max_new_tokens > longest:
+            raise InputError(
+                f"a prompt of {input_ids.shape[1] - 1} tokens and {max_new_tokens} new ones exceed the model's context "
+                f"of {longest}: shorten the prompt or ask for fewer."
+            )
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            beams = kwargs.get("num_beams") or 1
+            if latents is None:
+                draws = num_return_sequences if beams == 1 else 1
+                latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens, draws, seed)
+            else:
+                self.check_latents(latents, tuple(self.prior(1, max_new_tokens).event_shape))
+                draws = 1
+            if len(latents) == 1 < len(input_ids):
+                latents = latents.expand(len(input_ids), *latents.shape[1:])
+            if len(latents) != len(input_ids) * draws:
+                raise InputError(f"{len(latents)} latents do not fit {len(input_ids)} prompts: give one for each, or one.")
+            if (cache := self.new_cache()) is not None and kwargs.get("use_cache", True):
+                kwargs.setdefault("past_key_values", cache)
+            return super().generate(
+                input_ids.repeat_interleave(draws, 0),
+                attention_mask=attention_mask.repeat_interleave(draws, 0),
+                latents=latents,
+                max_new_tokens=max_new_tokens,
+                num_return_sequences=num_return_sequences // draws,
+                **kwargs,
+            )
+
+    def _latents_for(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        condition: Any,
+        max_new_tokens: int,
+        draws: int,
+        seed: int | None,
+    ) -> Float[Tensor, "rows *event"]:
+        """`draws` latents for each prompt, rows of one prompt together."""
+        noise_seed = int(torch.randint(2**62, ())) if seed is None else seed
+        lengths = self.scored_tokens(input_ids, attention_mask).sum(1)
+        # the row is part of the key: two equal prompts in one call want two different texts
+        keys = sequence_keys(input_ids, attention_mask) + torch.arange(len(input_ids), device=input_ids.device)
+        prior = self.prior(len(input_ids), lengths + max_new_tokens, condition)
+        latents = self.draw_latents(prior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
+        prompted = lengths > 0
+        if bool(prompted.any()):
+            posterior = self.infer(input_ids, attention_mask, condition, seed=noise_seed)
+            inferred = self.draw_latents(posterior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
+            latents = torch.where(prompted.view(1, -1, *[1] * self.latent_dims), inferred, latents)
+        return latents.transpose(0, 1).flatten(0, 1)
+
+    def _bos(self) -> int:
+        if self.config.bos_token_id is None:
+            raise InputError("the model's config names no bos_token_id, so a text needs input_ids to start from.")
+        return self.config.bos_token_id
+
+    # ---- for the families ----------------------------------------------------------------------------------------
+
+    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
+        """Positions [batch or 1, time] that count real tokens, so that padding on the left moves nothing."""
+        seen = 0 if cache is None else cache.get_seq_length()
+        if attention_mask is None:
+            return torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
+        return (attention_mask.cumsum(1) - 1).clamp_min(0)[:, seen : seen + input_ids.shape[1]]
+
+    def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Any:
+        make = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        return make(
+            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=self_cache(cache)
+        )
+
+
+def _padded_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows shifted so that padding is on the left, where generation continues them; order within a row is kept."""
+    if bool(attention_mask[:, -1].all()):
+        return input_ids, attention_mask
+    order = attention_mask.argsort(dim=1, stable=True)
+    input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+    keep = int(attention_mask.sum(1).max())
+    return input_ids[:, -keep:], attention_mask[:, -keep:]

@@ -1,0 +1,45 @@
+"""Diagonal Gaussians over a latent tensor, and the few verbs that every distribution over latents answers here."""
+
+from functools import singledispatch
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal, kl_divergence
+
+
+def diagonal_gaussian(
+    mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]
+) -> Independent:
+    """N(mean, exp(log_variance)) with every dimension after the first in the event; float32 whatever comes in."""
+    return Independent(Normal(mean.float(), (0.5 * log_variance.float()).exp()), mean.dim() - 1)
+
+
+def standard_normal(batch_size: int, event_shape: tuple[int, ...], device: torch.device | str = "cpu") -> Independent:
+    """N(0, I) over latents of `event_shape`, one for each of `batch_size` sequences."""
+    zeros = torch.zeros(batch_size, *event_shape, device=device)
+    return diagonal_gaussian(zeros, zeros)
+
+
+@singledispatch
+def sample_from_noise(distribution: Distribution, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+    """The distribution's reparameterised sample for given standard normal noise of the event's shape.
+
+    A family whose posterior is of another kind registers its own transform with `sample_from_noise.register`.
+    """
+    raise TypeError(f"no transform from noise to {type(distribution).__name__} is registered with sample_from_noise")
+
+
+@sample_from_noise.register
+def _(distribution: Independent, noise: Tensor) -> Tensor:
+    return distribution.base_dist.loc + distribution.base_dist.scale * noise
+
+
+def kl_per_dimension(posterior: Distribution, prior: Distribution) -> Float[Tensor, "batch *event"]:
+    """KL(posterior ‖ prior) in nats for each latent dimension; both must factorise over dimensions."""
+    if not (isinstance(posterior, Independent) and isinstance(prior, Independent)):
+        raise TypeError(
+            "a KL per dimension needs a posterior and a prior that factorise over dimensions, "
+            f"not {type(posterior).__name__} and {type(prior).__name__}"
+        )
+    return kl_divergence(posterior.base_dist, prior.base_dist)

@@ -1,0 +1,15 @@
+"""One file a family. Importing this package makes each known to AutoConfig and AutoModel."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from latentlm.families.autoregressive import Autoregressive, AutoregressiveConfig
+from latentlm.families.ltm import LTM, LTMConfig
+
+FAMILIES = {"ltm": LTM, "autoregressive": Autoregressive}
+
+for _family in FAMILIES.values():
+    AutoConfig.register(_family.config_class.model_type, _family.config_class)
+    AutoModel.register(_family.config_class, _family)
+    AutoModelForCausalLM.register(_family.config_class, _family)
+
+__all__ = ["FAMILIES", "LTM", "Autoregressive", "AutoregressiveConfig", "LTMConfig"]

@@ -1,0 +1,264 @@
+"""The contract that every family answers, and what follows from it for all of them.
+
+    prior(...)   p(z)        what latents look like before any text
+    infer(x)     q(z | x)    what latents this text suggests
+    decode(z, x) p(x | z)    what text these latents suggest
+
+A sequence is `input_ids` = BOS x_1 … x_T. BOS is given and never scored; every family scores exactly x_1 … x_T.
+"""
+
+import difflib
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from latentlm.distributions import Stream, kl_per_dimension, sample_from_noise, sequence_keys, sequence_noise
+from latentlm.errors import InputError
+from latentlm.objective import elbo, free_bits
+from latentlm.schedules import warm_up
+
+# what transformers itself hands to a configuration beside the fields
+_TRANSFORMERS_KEYS = {
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_experts_implementation_internal",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "torch_dtype",
+}
+
+
+@strict
+class LatentLMConfig(PreTrainedConfig):
+    """Fields of every family.
+
+    Args:
+        vocab_size: number of tokens of the vocabulary.
+        beta: weight of the KL in the training objective; 1 trains the ELBO.
+        beta_warmup: fraction of training over which the weight rises linearly from 0 to `beta`.
+        free_bits: nats that each latent dimension has for free in the training objective; see `objective.free_bits`.
+
+    Raises:
+        InputError: a key that is no field (transformers would keep it silently).
+    """
+
+    vocab_size: int = 50257
+    beta: float | int = 1.0
+    beta_warmup: float | int = 0.0
+    free_bits: float | int = 0.0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        known = {field.name for field in fields(self)}
+        for key in kwargs.keys() - _TRANSFORMERS_KEYS:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"its fields are {', '.join(sorted(known))}."
+            raise InputError(f"{type(self).__name__} has no field {key!r}: {hint}")
+        super().__post_init__(**kwargs)
+
+    def validate_objective(self) -> None:
+        """Part of the validation of `@strict`."""
+        if self.beta < 0 or self.free_bits < 0 or not 0 <= self.beta_warmup <= 1:
+            raise ValueError(
+                f"beta ({self.beta}) and free_bits ({self.free_bits}) must not be negative "
+                f"and beta_warmup ({self.beta_warmup}) is a fraction of training between 0 and 1"
+            )
+
+
+@dataclass
+class LatentLMOutput(ModelOutput):
+    """What `LatentLM.forward` returns.
+
+    Without latents (training, scoring): `loss` in nats per scored token, Σ (nll + β · charge) / Σ scored tokens;
+    `nll` = −log p(x | z) and `kl` = KL(q ‖ p), both [batch] in nats per sequence and raw; `latents` and
+    `posterior_mean` [batch, *event].
+    With latents (a step of generation): `logits` [batch, time, vocabulary] of the token after each one given, and the cache.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    nll: Tensor | None = None
+    kl: Tensor | None = None
+    latents: Tensor | None = None
+    posterior_mean: Tensor | None = None
+
+
+class LatentLM(PreTrainedModel):
+    """A language model with a latent: p(x, z) = p(z) p(x | z), with an approximate posterior q(z | x).
+
+    A family is a subclass that answers `prior`, `infer` and `decode`. Objective, bounds, gradient inference, training and
+    evaluation are written against these and `log_likelihood`, which a family may override to fuse the projection with
+    its softmax.
+
+    A latent is one tensor [batch, *event]; more samples stand in front, [samples, batch, *event].
+    """
+
+    config: LatentLMConfig
+    config_class = LatentLMConfig
+    base_model_prefix = "model"
+    #: whether `log_likelihood` is log p(x) itself, so that no bound is needed
+    exact = False
+    #: number of event dimensions of a latent
+    latent_dims = 1
+
+    def __init__(self, config: LatentLMConfig):
+        super().__init__(config)
+        # saved with the weights, so that a checkpoint infers at the rate of the moment it was taken
+        self.register_buffer("training_progress", torch.zeros(()))
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if module is self and not getattr(self.training_progress, "_is_hf_initialized", False):
+            with torch.no_grad():
+                self.training_progress.zero_()
+
+    # ---- the three sentences -------------------------------------------------------------------------------------
+
+    def prior(
+        self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None
+    ) -> Distribution:
+        """p(z) for sequences of the given numbers of scored tokens; batch shape [batch], event shape the latent's."""
+        raise NotImplementedError
+
+    def infer(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+        *,
+        seed: int = 0,
+    ) -> Distribution:
+        """q(z | x); batch shape [batch].
+
+        In training mode the posterior serves the training objective (its β and free bits); in evaluation mode the ELBO.
+        `seed` chooses the noise of an inference that needs any; the same text and seed give the same posterior.
+        """
+        raise NotImplementedError
+
+    def decode(
+        self,
+        latents: Float[Tensor, "*samples_batch_event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+    ) -> Float[Tensor, "*samples batch scored vocabulary"]:
+        """Logits of `input_ids[:, 1:]` given z (and the tokens before each one, where the family is autoregressive)."""
+        raise NotImplementedError
+
+    # ---- what follows --------------------------------------------------------------------------------------------
+
+    def log_likelihood(
+        self,
+        latents: Float[Tensor, "*samples_batch_event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+    ) -> Float[Tensor, "*samples batch scored"]:
+        """log p(x_t | z, …) in nats for each token of `input_ids[:, 1:]`; 0 where there is padding."""
+        log_probabilities = self.decode(latents, input_ids, attention_mask, condition).float().log_softmax(-1)
+        targets = input_ids[:, 1:].expand(log_probabilities.shape[:-1])
+        chosen = log_probabilities.gather(-1, targets[..., None])[..., 0]
+        return chosen.masked_fill(~self.scored_tokens(input_ids, attention_mask), 0.0)
+
+    @staticmethod
+    def scored_tokens(
+        input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
+    ) -> Bool[Tensor, "batch scored"]:
+        """Which of `input_ids[:, 1:]` are x_1 … x_T: real, and after a real token. Padding may be on either side."""
+        if attention_mask is None:
+            return torch.ones_like(input_ids[:, 1:], dtype=torch.bool)
+        real = attention_mask.bool()
+        return real[:, 1:] & real[:, :-1]
+
+    @property
+    def beta(self) -> float:
+        """The KL's weight at this moment of training."""
+        return self.config.beta * warm_up(float(self.training_progress), self.config.beta_warmup)
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+        *,
+        seed: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> LatentLMOutput:
+        """The objective: infer q once, draw one z from it, score the text.
+
+        In training mode the loss has the config's β and free bits; in evaluation mode it is the one-sample estimate of
+        −ELBO per token. There are no logits here: those of a z that was inferred from the same tokens would be a
+        reconstruction, and somebody would take their perplexity for the model's. Ask `decode` for them.
+
+        Args:
+            seed: of all noise; the default is drawn from torch's generator in training mode, 0 in evaluation mode.
+            num_items_in_batch: scored tokens of the global batch, when this is a part of it.
+        """
+        if seed is None:
+            seed = int(torch.randint(2**62, ())) if self.training else 0
+        scored = self.scored_tokens(input_ids, attention_mask)
+        prior = self.prior(len(input_ids), scored.sum(1), condition)
+        posterior = self.infer(input_ids, attention_mask, condition, seed=seed)
+        keys = sequence_keys(input_ids, attention_mask)
+        noise = sequence_noise(keys, tuple(posterior.event_shape), seed=seed, stream=Stream.SCORE)
+        latents = sample_from_noise(posterior, noise)
+        log_likelihood = self.log_likelihood(latents, input_ids, attention_mask, condition).sum(-1)
+        kl = kl_divergence(posterior, prior)
+        charge, beta = kl, 1.0
+        if self.training:
+            beta = self.beta
+            if self.config.free_bits:
+                charge = free_bits(kl_per_dimension(posterior, prior), self.config.free_bits)
+        denominator = scored.sum() if num_items_in_batch is None else num_items_in_batch
+        return LatentLMOutput(
+            loss=-elbo(log_likelihood, charge, beta).sum() / denominator,
+            nll=-log_likelihood,
+            kl=kl,
+            latents=latents,
+            posterior_mean=posterior.mean,
+        )
+
+    def draw_latents(
+        self, distribution: Distribution, keys: Int64[Tensor, " batch"], samples: int, *, seed: int, stream: Stream
+    ) -> Float[Tensor, "samples batch *event"]:
+        """`samples` latents of each row of a distribution, by noise that belongs to the rows' keys."""
+        shape = tuple(distribution.event_shape)
+        return torch.stack(
+            [
+                sample_from_noise(distribution, sequence_noise(keys, shape, seed=seed, stream=stream, step=step))
+                for step in range(samples)
+            ]
+        )
+
+    def check_latents(self, latents: Tensor, event_shape: tuple[int, ...]) -> None:
+        """Raises InputError unless latents are finite and end in the model's event shape."""
+        if tuple(latents.shape[latents.dim() - len(event_shape) :]) != tuple(event_shape):
+            raise InputError(
+                f"latents of shape {list(latents.shape)} do not fit this model: "
+                f"give [batch, {', '.join(map(str, event_shape))}]."
+            )
+        if not bool(torch.isfinite(latents).all()):
+            raise InputError("latents hold values that are not finite: check how they were made.")
+
+
+def number_of_parameters(model: torch.nn.Module) -> int:
+    """Parameters, each counted once however many names share it."""
+    return sum(math.prod(parameter.shape) for parameter in model.parameters())

@@ -1,0 +1,5 @@
+"""Layers that know nothing of what latents mean."""
+
+from latentlm.layers.transformer import DecoderBlock, rotation, self_cache
+
+__all__ = ["DecoderBlock", "rotation", "self_cache"]

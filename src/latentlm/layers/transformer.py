@@ -1,0 +1,160 @@
+"""Transformer layers of the families: attention over tokens, attention to latents, gated feed-forward, the block.
+
+B batch · T tokens · N latents · H heads · D width of a head.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
+
+Rotation = tuple[Float[Tensor, "rows time width"], Float[Tensor, "rows time width"]]
+
+
+def rotation(positions: Tensor, width: int, theta: float) -> Rotation:
+    """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 34) for positions [rows, time].
+
+    Computed in float32 when needed rather than kept as a buffer: it is cheap, bf16 cannot hold it, and a buffer that is
+    not saved would have to be rebuilt by every way of loading weights.
+    """
+    frequencies = theta ** -(torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    angles = positions[..., None].float() * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHTD: Tensor, by: Rotation) -> Tensor:
+    cos, sin = (part.unsqueeze(1).to(x_BHTD.dtype) for part in by)
+    first, second = x_BHTD.chunk(2, dim=-1)
+    return x_BHTD * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class Attention(nn.Module):
+    """Multi-head attention with rotary positions, over the tokens themselves or to a separate memory (latents).
+
+    Args:
+        memory_size: width of the memory's vectors; None for self-attention.
+    """
+
+    num_key_value_groups = 1  # read by the attention interface of transformers
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, memory_size: int | None = None):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_size = config.hidden_size // config.num_attention_heads
+        self.is_causal = memory_size is None
+        self.sliding_window = config.sliding_window if self.is_causal else None
+        size = config.hidden_size
+        self.query = nn.Linear(size, size, bias=False)
+        self.key = nn.Linear(memory_size or size, size, bias=False)
+        self.value = nn.Linear(memory_size or size, size, bias=False)
+        self.output = nn.Linear(size, size, bias=False)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+
+    def self_attention(
+        self, x: Float[Tensor, "batch time hidden"], positions: Rotation, mask: Tensor | None, cache: Cache | None
+    ) -> Float[Tensor, "batch time hidden"]:
+        query_BHTD = rotate(self._heads(self.query(x)), positions)
+        key_BHTD = rotate(self._heads(self.key(x)), positions)
+        value_BHTD = self._heads(self.value(x))
+        if cache is not None:
+            key_BHTD, value_BHTD = cache.update(key_BHTD, value_BHTD, self.layer_idx)
+        return self._attend(query_BHTD, key_BHTD, value_BHTD, mask)
+
+    def cross_attention(
+        self,
+        x: Float[Tensor, "batch time hidden"],
+        memory: Float[Tensor, "batch latents size"],
+        positions: Rotation,
+        memory_positions: Rotation,
+        cache: EncoderDecoderCache | None,
+    ) -> Float[Tensor, "batch time hidden"]:
+        """Queries from x, keys and values from memory; these stay in the cache, since memory does not change."""
+        query_BHTD = rotate(self._heads(self.query(x)), positions)
+        if cache is not None and cache.is_updated.get(self.layer_idx):
+            layer = cache.cross_attention_cache.layers[self.layer_idx]
+            key_BHND, value_BHND = layer.keys, layer.values
+        else:
+            memory = memory.to(x.dtype)
+            key_BHND = rotate(self._heads(self.key(memory)), memory_positions)
+            value_BHND = self._heads(self.value(memory))
+            if cache is not None:
+                key_BHND, value_BHND = cache.cross_attention_cache.update(key_BHND, value_BHND, self.layer_idx)
+                cache.is_updated[self.layer_idx] = True
+        return self._attend(query_BHTD, key_BHND, value_BHND, None)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        attended_BTHD, _ = attend(
+            self,
+            query,
+            key,
+            value,
+            mask,
+            dropout=self.config.dropout if self.training else 0.0,
+            scaling=self.head_size**-0.5,
+            sliding_window=self.sliding_window,
+            is_causal=self.is_causal and mask is None and query.shape[2] > 1,
+        )
+        return self.output(attended_BTHD.flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward layer: down(SiLU(gate(x)) · up(x)) (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, size: int, inner_size: int):
+        super().__init__()
+        self.gate = nn.Linear(size, inner_size, bias=False)
+        self.up = nn.Linear(size, inner_size, bias=False)
+        self.down = nn.Linear(inner_size, size, bias=False)
+
+    def forward(self, x: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time hidden"]:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm block: x + self-attention, + attention to latents where there are any, + SwiGLU.
+
+    Args:
+        latent_size: width of this layer's latents; None for a block without them (the control's).
+    """
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, latent_size: int | None = None):
+        super().__init__()
+        self.self_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attention = Attention(config, layer_idx)
+        if latent_size is not None:
+            self.cross_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.cross_attention = Attention(config, layer_idx, memory_size=latent_size)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time hidden"],
+        positions: Rotation,
+        mask: Tensor | None,
+        cache: Cache | None = None,
+        latents: Float[Tensor, "batch latents size"] | None = None,
+        latent_positions: Rotation | None = None,
+    ) -> Float[Tensor, "batch time hidden"]:
+        attended = self.self_attention.self_attention(self.self_norm(x), positions, mask, self_cache(cache))
+        x = x + self.dropout(attended)
+        if latents is not None:
+            attended = self.cross_attention.cross_attention(
+                self.cross_norm(x), latents, positions, latent_positions, cache
+            )
+            x = x + self.dropout(attended)
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+def self_cache(cache: Cache | None) -> Cache | None:
+    """The part of a cache that holds tokens; an EncoderDecoderCache also holds latents."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache

@@ -1,0 +1,53 @@
+"""Bounds on log p(x) as pure tensor functions. Everything is in nats per sequence; larger is better for a bound.
+
+    log p(x) ≥ E_q[log p(x | z)] − KL(q(z | x) ‖ p(z))                                 the ELBO
+    log p(x) ≥ E log (1/K) Σ_k p(x | z_k) p(z_k) / q(z_k | x),  z_1 … z_K ~ q          the importance-weighted bound
+"""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def elbo(
+    log_likelihood: Float[Tensor, "*samples batch"],
+    kl: Float[Tensor, " batch"],
+    beta: float | Float[Tensor, ""] = 1.0,
+) -> Float[Tensor, " batch"]:
+    """Evidence lower bound of each sequence, averaged over the leading sample dimensions.
+
+    Args:
+        log_likelihood: log p(x | z) summed over the sequence's tokens, for one or more z ~ q(z | x).
+        kl: KL(q(z | x) ‖ p(z)), or what `free_bits` charges for it.
+        beta: weight of the KL; only beta = 1 is a bound on log p(x) (Higgins et al. 2017, eq. 4).
+    """
+    return log_likelihood.flatten(0, -2).mean(0) - beta * kl if log_likelihood.dim() > 1 else log_likelihood - beta * kl
+
+
+def importance_weighted_bound(
+    log_likelihood: Float[Tensor, "samples batch"],
+    log_prior: Float[Tensor, "samples batch"],
+    log_posterior: Float[Tensor, "samples batch"],
+) -> Float[Tensor, " batch"]:
+    """IW-K bound of each sequence from K samples of q (Burda, Grosse and Salakhutdinov 2016, eq. 8), in float64.
+
+    With K = 1 its expectation is the ELBO; it never falls in expectation as K grows and tends to log p(x).
+    With q = p it is the log of the mean of p(x | z) over prior samples.
+    """
+    log_weights = log_likelihood.double() + log_prior.double() - log_posterior.double()
+    return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
+
+
+def free_bits(
+    kl_per_dimension: Float[Tensor, "batch *event"], nats_per_dimension: float
+) -> Float[Tensor, " batch"]:
+    """What the objective charges for the KL when every latent dimension has some nats for free.
+
+    charge_b = Σ_d max(KL_bd, λ): a dimension whose KL is under λ costs λ and has no gradient, so nothing pushes it
+    towards the prior. The floor is per sequence and per dimension. Kingma et al. 2016 (appendix C.8) put the floor under
+    the mean over the mini-batch instead; that ties a sequence's loss to its neighbours, so accumulation and processes
+    would change it. The charge is for optimising: figures always report the raw KL.
+    """
+    return kl_per_dimension.clamp_min(nats_per_dimension).flatten(1).sum(1)
