@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from latentlm.distributions import Stream, sample_from_noise, sequence_keys, sequence_noise
+from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
 from latentlm.latent_lm import LatentLM, LatentLMConfig, LatentLMOutput
 from latentlm.layers import self_cache
@@ -86,7 +86,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
-        """States from which `lm_head` predicts the token after each of `input_ids`. The mask covers cached tokens, too."""
+        """States from which `lm_head` predicts the token after each of `input_ids`; the mask covers the cache, too."""
         raise NotImplementedError
 
     def new_cache(self) -> Cache | None:
@@ -103,7 +103,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         samples = tuple(latents.shape[: max(batch_dim, 0)])
         if batch_dim < 0 or latents.shape[batch_dim] != len(input_ids):
             raise InputError(
-                f"latents of shape {list(latents.shape)} do not fit {len(input_ids)} sequences: give one latent for each."
+                f"latents of shape {list(latents.shape)} do not fit {len(input_ids)} sequences: give one for each."
             )
         latents = latents.flatten(0, batch_dim)
         repeats = len(latents) // max(len(input_ids), 1)
@@ -119,7 +119,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
     ) -> Float[Tensor, "*samples batch scored vocabulary"]:
-        states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
+        states, _, samples = self._scored_states(latents, input_ids, attention_mask)
         return self.lm_head(states).unflatten(0, (*samples, len(input_ids)))
 
     def log_likelihood(
@@ -130,7 +130,9 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         condition: Any = None,
     ) -> Float[Tensor, "*samples batch scored"]:
         states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
-        nll = nn.functional.cross_entropy(self.lm_head(states).float().flatten(0, 1), targets.flatten(), reduction="none")
+        nll = nn.functional.cross_entropy(
+            self.lm_head(states).float().flatten(0, 1), targets.flatten(), reduction="none"
+        )
         scored = self.scored_tokens(input_ids, attention_mask)
         return (-nll).view(*samples, *scored.shape).masked_fill(~scored, 0.0)
 
@@ -164,7 +166,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         return LatentLMOutput(logits=self.lm_head(states[:, -logits_to_keep:]), past_key_values=past_key_values)
 
     @torch.no_grad()
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         input_ids: Int64[Tensor, "batch time"] | None = None,
         latents: Float[Tensor, "batch *event"] | None = None,
@@ -218,7 +220,9 @@ class CausalLatentLM(LatentLM, GenerationMixin):
             if len(latents) == 1 < len(input_ids):
                 latents = latents.expand(len(input_ids), *latents.shape[1:])
             if len(latents) != len(input_ids) * draws:
-                raise InputError(f"{len(latents)} latents do not fit {len(input_ids)} prompts: give one for each, or one.")
+                raise InputError(
+                    f"{len(latents)} latents do not fit {len(input_ids)} prompts: give one for each, or one."
+                )
             if (cache := self.new_cache()) is not None and kwargs.get("use_cache", True):
                 kwargs.setdefault("past_key_values", cache)
             return super().generate(

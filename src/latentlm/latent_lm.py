@@ -89,7 +89,8 @@ class LatentLMOutput(ModelOutput):
     Without latents (training, scoring): `loss` in nats per scored token, Σ (nll + β · charge) / Σ scored tokens;
     `nll` = −log p(x | z) and `kl` = KL(q ‖ p), both [batch] in nats per sequence and raw; `latents` and
     `posterior_mean` [batch, *event].
-    With latents (a step of generation): `logits` [batch, time, vocabulary] of the token after each one given, and the cache.
+    With latents (a step of generation): `logits` [batch, time, vocabulary] of the token after each one given, and the
+    cache.
     """
 
     loss: Tensor | None = None
@@ -104,9 +105,9 @@ class LatentLMOutput(ModelOutput):
 class LatentLM(PreTrainedModel):
     """A language model with a latent: p(x, z) = p(z) p(x | z), with an approximate posterior q(z | x).
 
-    A family is a subclass that answers `prior`, `infer` and `decode`. Objective, bounds, gradient inference, training and
-    evaluation are written against these and `log_likelihood`, which a family may override to fuse the projection with
-    its softmax.
+    A family is a subclass that answers `prior`, `infer` and `decode`. Objective, bounds, gradient inference, training
+    and evaluation are written against these and `log_likelihood`, which a family may override to fuse the projection
+    with its softmax.
 
     A latent is one tensor [batch, *event]; more samples stand in front, [samples, batch, *event].
     """
@@ -132,9 +133,7 @@ class LatentLM(PreTrainedModel):
 
     # ---- the three sentences -------------------------------------------------------------------------------------
 
-    def prior(
-        self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None
-    ) -> Distribution:
+    def prior(self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None) -> Distribution:
         """p(z) for sequences of the given numbers of scored tokens; batch shape [batch], event shape the latent's."""
         raise NotImplementedError
 

@@ -1,7 +1,7 @@
 """Bounds on log p(x) as pure tensor functions. Everything is in nats per sequence; larger is better for a bound.
 
-    log p(x) ≥ E_q[log p(x | z)] − KL(q(z | x) ‖ p(z))                                 the ELBO
-    log p(x) ≥ E log (1/K) Σ_k p(x | z_k) p(z_k) / q(z_k | x),  z_1 … z_K ~ q          the importance-weighted bound
+log p(x) ≥ E_q[log p(x | z)] − KL(q(z | x) ‖ p(z))                                 the ELBO
+log p(x) ≥ E log (1/K) Σ_k p(x | z_k) p(z_k) / q(z_k | x),  z_1 … z_K ~ q          the importance-weighted bound
 """
 
 import math
@@ -40,14 +40,12 @@ def importance_weighted_bound(
     return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
 
 
-def free_bits(
-    kl_per_dimension: Float[Tensor, "batch *event"], nats_per_dimension: float
-) -> Float[Tensor, " batch"]:
+def free_bits(kl_per_dimension: Float[Tensor, "batch *event"], nats_per_dimension: float) -> Float[Tensor, " batch"]:
     """What the objective charges for the KL when every latent dimension has some nats for free.
 
     charge_b = Σ_d max(KL_bd, λ): a dimension whose KL is under λ costs λ and has no gradient, so nothing pushes it
-    towards the prior. The floor is per sequence and per dimension. Kingma et al. 2016 (appendix C.8) put the floor under
-    the mean over the mini-batch instead; that ties a sequence's loss to its neighbours, so accumulation and processes
-    would change it. The charge is for optimising: figures always report the raw KL.
+    towards the prior. The floor is per sequence and per dimension. Kingma et al. 2016 (appendix C.8) put the floor
+    under the mean over the mini-batch instead; that ties a sequence's loss to its neighbours, so accumulation and
+    processes would change it. The charge is for optimising: figures always report the raw KL.
     """
     return kl_per_dimension.clamp_min(nats_per_dimension).flatten(1).sum(1)

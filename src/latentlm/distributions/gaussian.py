@@ -8,9 +8,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 
-def diagonal_gaussian(
-    mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]
-) -> Independent:
+def diagonal_gaussian(mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]) -> Independent:
     """N(mean, exp(log_variance)) with every dimension after the first in the event; float32 whatever comes in."""
     return Independent(Normal(mean.float(), (0.5 * log_variance.float()).exp()), mean.dim() - 1)
 
@@ -22,7 +20,9 @@ def standard_normal(batch_size: int, event_shape: tuple[int, ...], device: torch
 
 
 @singledispatch
-def sample_from_noise(distribution: Distribution, noise: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+def sample_from_noise(
+    distribution: Distribution, noise: Float[Tensor, "batch *event"]
+) -> Float[Tensor, "batch *event"]:
     """The distribution's reparameterised sample for given standard normal noise of the event's shape.
 
     A family whose posterior is of another kind registers its own transform with `sample_from_noise.register`.

@@ -1,12 +1,11 @@
 """The control: the families' own Transformer blocks without latents. Its likelihood is exact.
 
-In the contract it is a model whose latent has no numbers: prior and posterior are the one distribution over a vector of
-length 0, the KL is 0 and the ELBO is log p(x). So everything that is written for latent models measures the control, too.
+In the contract it is a model whose latent has no numbers: prior and posterior are the one distribution over a vector
+of length 0, the KL is 0 and the ELBO is log p(x). So all that is written for latent models measures the control, too.
 """
 
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn

@@ -1,8 +1,8 @@
 """Latent-Thought Language Models (Kong et al. 2025, arXiv 2502.01567).
 
-    p(z)      = N(0, I) over N_z vectors for each layer, z [layers, N_z, size]                    section 2.1
-    p(x | z)  = Π_t p(x_t | z, x_{t−w … t−1}), layer l of the decoder attending to its own z_l     eq. 1, "Layered Thought Vectors"
-    q(z | x)  = N(μ, σ²) per sequence, found by T steps of gradient ascent on the ELBO             eq. 5, Algorithm 1
+p(z)      = N(0, I) over N_z vectors for each layer, z [layers, N_z, size]                  section 2.1
+p(x | z)  = Π_t p(x_t | z, x_{t−w … t−1}), layer l of the decoder attending to its own z_l  eq. 1
+q(z | x)  = N(μ, σ²) per sequence, by T steps of gradient ascent on the ELBO                eq. 5, Algorithm 1
 """
 
 from typing import Any, Literal
@@ -32,7 +32,7 @@ class LTMConfig(CausalConfig):
         inference_steps: T_fast.
         inference_lr: Adam's rate on (μ, log σ²) at the beginning of training.
         inference_lr_final: the rate at the end of training; linear between (appendix A.2). None keeps it constant.
-        inference_lr_decay: the rate of the last step of an inference as a fraction of its first; linear between, 1 for none.
+        inference_lr_decay: rate of an inference's last step as a fraction of its first; linear between, 1 for none.
         inference_start: where the steps begin. "prior" is (0, 1); "fixed" is μ = 0 with `inference_start_log_variance`;
             "learned" is a parameter for each dimension, trained by the gradient at the final (μ, log σ²).
         inference_start_log_variance: log σ² of the "fixed" start, and what a "learned" start begins from.
@@ -57,7 +57,7 @@ class LTMConfig(CausalConfig):
 
     def validate_latents(self) -> None:
         """Part of the validation of `@strict`."""
-        if self.latents_per_layer < 1 or self.latent_size < 1 or self.inference_steps < 0:
+        if self.latents_per_layer < 1 or (self.latent_size or 0) < 1 or self.inference_steps < 0:
             raise ValueError("latents_per_layer and latent_size must be at least 1, inference_steps at least 0")
 
     @classmethod
@@ -76,6 +76,7 @@ class LTM(CausalLatentLM):
 
     def __init__(self, config: LTMConfig):
         super().__init__(config)
+        assert config.latent_size is not None  # set by the config
         self.latent_shape = (config.num_hidden_layers, config.latents_per_layer, config.latent_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -143,7 +144,7 @@ class LTM(CausalLatentLM):
         return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
 
     def _latent_positions(self, device: torch.device) -> Float[Tensor, "1 latents"]:
-        """Evenly spaced over the context, whatever this text's length, so that a prefix sees what the whole text saw."""
+        """Evenly spaced over the context, whatever this text's length: a prefix sees what the whole text saw."""
         number = self.config.latents_per_layer
         spacing = self.config.max_position_embeddings / number
         return (torch.arange(number, device=device)[None] + 0.5) * spacing

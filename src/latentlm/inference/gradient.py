@@ -1,9 +1,9 @@
 """Gradient inference: a posterior for each sequence found by ascending its own ELBO (LTM's fast learning).
 
-For any model that answers `prior` and `log_likelihood`. Source: Kong et al. 2025 (arXiv 2502.01567), section 2.2, equation 5
-and Algorithm 1, lines 5 to 11. Where we differ, because the published code does otherwise and its figures are no bounds:
-noise is drawn afresh at each step and never used again to score, the weights collect no gradient, (μ, log σ²) are not
-decayed, and the scheduled rate is the one that is used.
+For any model that answers `prior` and `log_likelihood`. Source: Kong et al. 2025 (arXiv 2502.01567), section 2.2,
+equation 5 and Algorithm 1, lines 5 to 11. Where we differ, because the published code does otherwise and its figures
+are no bounds: noise is drawn afresh at each step and never used again to score, the weights collect no gradient,
+(μ, log σ²) are not decayed, and the scheduled rate is the one that is used.
 """
 
 from collections.abc import Callable, Iterator
@@ -71,13 +71,13 @@ def infer_by_gradient(
 ) -> Independent:
     """Diagonal Gaussian q(z | x) after `steps` steps of Adam on (μ, log σ²) of each row.
 
-    The objective is the sum over rows of each row's ELBO in nats (one sample of z a step), so that no row's step depends
-    on the batch it stands in. Padding costs nothing and changes nothing.
+    The objective is the sum over rows of each row's ELBO in nats (one sample of z a step), so no row's step depends on
+    the batch it stands in. Padding costs nothing and changes nothing.
 
     Args:
-        start_mean, start_log_variance: where the steps begin. Where these need a gradient (a learned start, an encoder),
-            the gradient at the final (μ, log σ²) passes straight to them, with no backpropagation through the steps.
-            Otherwise the result is detached from everything.
+        start_mean, start_log_variance: where the steps begin. Where these need a gradient (a learned start, an
+            encoder), the gradient at the final (μ, log σ²) passes straight to them, with no backpropagation through the
+            steps. Otherwise the result is detached from everything.
         steps: number of Adam steps; with 0 the start is the answer.
         learning_rate: rate of step t = 0 … steps − 1.
         seed: noise is a function of (seed, sequence, step).

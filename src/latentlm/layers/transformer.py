@@ -147,7 +147,7 @@ class DecoderBlock(nn.Module):
     ) -> Float[Tensor, "batch time hidden"]:
         attended = self.self_attention.self_attention(self.self_norm(x), positions, mask, self_cache(cache))
         x = x + self.dropout(attended)
-        if latents is not None:
+        if latents is not None and latent_positions is not None:
             attended = self.cross_attention.cross_attention(
                 self.cross_norm(x), latents, positions, latent_positions, cache
             )

@@ -1,0 +1,94 @@
+# Every target sets up what it needs: .venv, with the versions in constraints.txt. Nothing to install beforehand
+# but Python >= 3.11 (with venv) and make. A set-up that was cut short leaves no stamp and starts afresh.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/stamp
+LOG := .venv/install.log
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test test-slow lint bench setup clean
+
+help:  ## list the targets
+	@echo "make TARGET [ARGS='more arguments for the command'] [PYTHON=python3.12]"
+	@sed -n 's/^\([a-z][a-z-]*\):.*  ## \(.*\)/  \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+quickstart: $(STAMP)  ## train two small models, measure and compare them, in runs/quickstart
+	$(BIN)/latentlm quickstart --output runs/quickstart $(ARGS)
+
+# Two threads everywhere: sums in another order give other last digits.
+test test-slow: export OMP_NUM_THREADS ?= 2
+test test-slow: export MKL_NUM_THREADS ?= 2
+test test-slow: export TOKENIZERS_PARALLELISM = false
+test test-slow: export HF_HUB_OFFLINE = 1
+
+test: $(STAMP)  ## run the tests, without the slow ones
+	$(BIN)/python -m pytest $(ARGS)
+
+test-slow: $(STAMP)  ## run the slow tests alone
+	$(BIN)/python -m pytest -m slow --timeout 3600 $(ARGS)
+
+lint: $(STAMP)  ## check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy src
+
+bench: $(STAMP)  ## run each script in benchmarks/ in turn (those named _*.py are helpers)
+	@ran=0; failed=; \
+	for script in benchmarks/[!_]*.py; do \
+	  [ -f "$$script" ] || continue; \
+	  ran=$$((ran + 1)); \
+	  echo "== $$script"; \
+	  $(BIN)/python "$$script" $(ARGS) || failed="$$failed $$script"; \
+	done; \
+	if [ $$ran -eq 0 ]; then echo "No benchmarks yet: there is no script in benchmarks/."; fi; \
+	if [ -n "$$failed" ]; then echo "Failed:$$failed" >&2; exit 1; fi
+
+setup: $(STAMP)  ## only install, into .venv
+
+clean:  ## remove .venv, caches and builds; runs/ stays
+	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests benchmarks -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+
+# The stamp holds the path of the checkout that it was made for, as scripts in .venv do: a moved or copied one is made anew.
+ifneq ($(shell [ -x $(BIN)/python ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && echo valid),valid)
+.PHONY: $(STAMP)
+endif
+
+$(STAMP): pyproject.toml constraints.txt
+	@set -eu; \
+	if [ ! -x $(BIN)/python ] || [ "$$(cat $(STAMP) 2>/dev/null)" != "$$(pwd -P)" ]; then \
+	  python=; \
+	  for candidate in "$(PYTHON)" python3.13 python3.12 python3.11; do \
+	    if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	      python=$$candidate; break; \
+	    fi; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "latentlm needs Python 3.11 or newer with its venv module (Debian, Ubuntu: python3-venv); install one, or name it: make PYTHON=/path/to/python" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "Setting up .venv with $$("$$python" --version) ..."; \
+	  "$$python" -m venv --clear .venv; \
+	fi; \
+	rm -f $(STAMP); : > $(LOG); \
+	trap 'if [ $$? -ne 0 ]; then tail -n 30 $(LOG); echo "The set-up failed; all of its output is in $(LOG)."; fi >&2' EXIT; \
+	if nvidia-smi -L >> $(LOG) 2>&1; then \
+	  echo "Installing $(TORCH) for the NVIDIA GPU ..."; \
+	  $(PIP) install $(TORCH) -c constraints.txt >> $(LOG) 2>&1; \
+	else \
+	  echo "Installing $(TORCH), CPU build ..."; \
+	  $(PIP) install --no-index --no-deps $(TORCH) >> $(LOG) 2>&1 \
+	    || $(PIP) install --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH) >> $(LOG) 2>&1 \
+	    || $(PIP) install --no-deps $(TORCH) >> $(LOG) 2>&1; \
+	fi; \
+	echo "Installing latentlm and what it needs (a few minutes at most) ..."; \
+	$(PIP) install -c constraints.txt -e '.[test,dev]' >> $(LOG) 2>&1; \
+	$(PIP) check >> $(LOG) 2>&1; \
+	pwd -P > $(STAMP); \
+	echo "Set up."

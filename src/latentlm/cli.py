@@ -1,0 +1,258 @@
+"""The command `latentlm`. Each verb calls one function of the library and prints what it returns."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from rich.console import Console
+
+# the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
+from latentlm.errors import InputError
+
+app = typer.Typer(
+    name="latentlm",
+    help="Language models with a latent space: train them, measure them honestly, generate from them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved model.", metavar="MODEL")]
+Seed = Annotated[int, typer.Option(help="Seed of all noise.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE, too.")]
+Column = Annotated[str | None, typer.Option(help="Text column of a table: its name, or its number from 1.")]
+SampleBy = Annotated[str | None, typer.Option(help="What of a text file is one document: line, paragraph or document.")]
+Limit = Annotated[int | None, typer.Option(help="Read only so many documents.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; changes speed and memory, no figure.")]
+_DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
+) -> None:
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+@app.command()
+def quickstart(
+    output: Annotated[Path, typer.Option(help="Folder for models, figures, plot and samples.")] = Path(
+        "runs/quickstart"
+    ),
+    data: Annotated[str | None, typer.Option(help="Own text in place of builtin:sentences. " + _DATA_HELP)] = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Train a small LTM beside its autoregressive control; show an honest table, a plot, and text they wrote.
+
+    Example: latentlm quickstart --output runs/quickstart
+    """
+    from latentlm.training.quickstart import quickstart as run
+
+    result = run(output, data=data, seed=seed, console=Console())
+    _write_json(json_file, result.figures)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe, a YAML file.", metavar="RECIPE")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME-OF-THE-RECIPE.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Train what a recipe says.
+
+    Example: latentlm train recipes/ltm-wikitext2-3m.yaml data.source=train.txt data.validation=valid.txt
+    """
+    from latentlm.training.progress import ProgressLine
+    from latentlm.training.recipe import load_recipe
+    from latentlm.training.run import train as run
+
+    console = Console()
+    checked = load_recipe(recipe, overrides or [])
+    folder = output or Path("runs") / Path(recipe).stem
+    result = run(
+        checked,
+        folder,
+        resume=resume,
+        callbacks=[ProgressLine(console, f"training {checked.family.__name__}")],
+        on_stage=lambda stage: console.print(f"{stage} …"),
+    )
+    last: dict[str, Any] = next((entry for entry in reversed(result[2]) if "eval_elbo_nll_per_token" in entry), {})
+    for name, value in last.items():
+        console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
+    console.print(f"saved in {folder}; score all its validation data with: latentlm evaluate {folder}", highlight=False)
+    _write_json(json_file, last)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[
+        str | None, typer.Option(help="By default the validation data of the model's recipe. " + _DATA_HELP)
+    ] = None,
+    column: Column = None,
+    sample_by: SampleBy = None,
+    limit: Limit = None,
+    iw_samples: Annotated[int, typer.Option(min=1, help="K of the importance-weighted bound.")] = 16,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Honest likelihood of text: ELBO, importance-weighted bound, KL, active units, bits per byte.
+
+    Example: latentlm evaluate runs/quickstart/ltm --iw-samples 64 --json figures.json
+    """
+    from latentlm.data.recipe import evaluation_sequences
+    from latentlm.evaluation.likelihood import evaluate as run
+    from latentlm.evaluation.report import table
+    from latentlm.loading import load
+    from latentlm.training.progress import counted
+
+    console = Console()
+    loaded, tokenizer = load(model)
+    sequences = evaluation_sequences(
+        model, tokenizer, loaded.config.max_position_embeddings, data, column=column, sample_by=sample_by, limit=limit
+    )
+    with counted(console, "evaluating") as on_progress:
+        figures = run(
+            loaded, sequences, batch_size=batch_size, iw_samples=iw_samples, seed=seed, on_progress=on_progress
+        )
+    console.print(table({Path(model).name: figures}, f"{data or 'validation data of its recipe'}, seed {seed}"))
+    _write_json(json_file, figures)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; may be given several times.")] = None,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Texts for each prompt.")] = 1,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="By default what the model's context leaves.")
+    ] = None,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token instead of sampling.")] = False,
+    temperature: Annotated[float, typer.Option(help="Below 1 sharper, above 1 flatter.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0 for all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
+    ] = 1.0,
+    beams: Annotated[int, typer.Option(min=1, help="Width of a beam search.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Makes the call repeatable.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Write text: from latents inferred from a prompt, or from the prior.
+
+    Example: latentlm generate runs/quickstart/ltm --prompt "yesterday the" -n 3 --seed 1
+    """
+    from latentlm.loading import load
+    from latentlm.text import write
+
+    if not temperature > 0:
+        raise InputError("--temperature must be above 0; for the likeliest token use --greedy.")
+    loaded, tokenizer = load(model)
+    prompts = prompt or []
+    longest = max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0)
+    room = loaded.config.max_position_embeddings - longest
+    if max_new_tokens is None and room < 1:
+        raise InputError(f"the prompt has {longest} tokens and fills the context of {longest + room}: shorten it.")
+    sampling: dict[str, Any] = (
+        {"do_sample": False}
+        if greedy
+        else {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    )
+    texts = write(
+        loaded,
+        tokenizer,
+        prompts,
+        num_return_sequences=number,
+        max_new_tokens=max_new_tokens or room,
+        num_beams=beams,
+        seed=seed,
+        **sampling,
+    )
+    for text in texts:
+        typer.echo(text)
+    _write_json(json_file, {"prompts": prompts, "number": number, "seed": seed, "texts": texts})
+
+
+@app.command()
+def encode(
+    model: Model,
+    output: Annotated[Path, typer.Option(help=".npz or .parquet with ids, means and variances.")],
+    text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
+    data: Annotated[str | None, typer.Option(help=_DATA_HELP)] = None,
+    column: Column = None,
+    sample_by: SampleBy = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+) -> None:
+    """Latents of texts: mean and variance of q(z | x) for each, in the order given.
+
+    Example: latentlm encode runs/quickstart/ltm --data texts.txt --output latents.npz
+    """
+    from latentlm.data import read_documents
+    from latentlm.loading import load
+    from latentlm.text import check_latents_path
+    from latentlm.text import encode as run
+    from latentlm.training.progress import counted
+
+    if (text is None) == (data is None):
+        raise InputError("give the texts either by --text or by --data.")
+    check_latents_path(output)
+    loaded, tokenizer = load(model)
+    if data is not None:
+        documents = read_documents(data, column=column, sample_by=sample_by or "line", limit=limit)
+        text = [document.text for document in documents]
+    with counted(Console(), "encoding") as on_progress:
+        encoding = run(loaded, tokenizer, text or [], batch_size=batch_size, seed=seed, on_progress=on_progress)
+    encoding.save(output)
+    shape = " × ".join(map(str, encoding.mean.shape[1:]))
+    typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
+
+
+def _write_json(path: Path | None, content: Any) -> None:
+    from latentlm.files import write_whole
+
+    if path is not None:
+        write_whole(path, json.dumps(content, indent=1))
+
+
+def main() -> None:
+    """Runs the command; what the user can mend ends in one sentence and status 2, without a traceback."""
+    debug = "--debug" in sys.argv
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not debug:
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        # click's standalone mode would end the process itself and print a usage block for every mistake
+        status = app(standalone_mode=False)
+    except click.ClickException as error:
+        sys.exit(_complain(error.format_message(), debug))
+    except (InputError, OSError) as error:
+        message = str(error) if isinstance(error, InputError) else f"{error.filename or 'a file'}: {error.strerror}."
+        sys.exit(_complain(message, debug))
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _complain(message: str, debug: bool) -> int:
+    if debug:
+        raise
+    print(f"latentlm: {message}", file=sys.stderr)
+    return 2

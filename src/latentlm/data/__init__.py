@@ -1,0 +1,38 @@
+"""Text and what becomes of it: corpora, tokenizers, blocks, sentences, batches."""
+
+from latentlm.data.builtin import FACTORS, GRAMMAR_SIZE, python_docs, render, sentences
+from latentlm.data.corpora import Document, read_documents
+from latentlm.data.datasets import (
+    Blocks,
+    Collator,
+    Item,
+    Sentences,
+    StreamedBlocks,
+    collate,
+    length_buckets,
+    split_documents,
+    text_batch,
+)
+from latentlm.data.tokenizers import load_tokenizer, token_bytes, train_tokenizer
+
+__all__ = [
+    "FACTORS",
+    "GRAMMAR_SIZE",
+    "Blocks",
+    "Collator",
+    "Document",
+    "Item",
+    "Sentences",
+    "StreamedBlocks",
+    "collate",
+    "length_buckets",
+    "load_tokenizer",
+    "python_docs",
+    "read_documents",
+    "render",
+    "sentences",
+    "split_documents",
+    "text_batch",
+    "token_bytes",
+    "train_tokenizer",
+]

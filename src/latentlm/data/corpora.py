@@ -1,0 +1,318 @@
+"""Reading text: every place that asks for data takes a file, a folder, `hub:NAME[:CONFIG]` or `builtin:NAME`.
+
+A reader yields documents one at a time, so that a corpus may be larger than memory. Whatever is wrong with a file
+is an `InputError` that names the file and the line.
+"""
+
+import csv
+import json
+import lzma
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from latentlm.errors import InputError
+
+SAMPLE_BY = ("line", "paragraph", "document")
+SUFFIXES = (
+    ".txt", ".jsonl", ".parquet", ".tsv", ".csv", ".txt.xz", ".jsonl.xz", ".tsv.xz", ".csv.xz",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and the factors that generated it where they are known (the built-in sentences)."""
+
+    text: str
+    factors: Mapping[str, str] | None = None
+
+
+def read_documents(
+    source: str | Path, *, column: str | None = None, sample_by: str = "line", limit: int | None = None
+) -> Iterator[Document]:
+    """Reads the documents of a source, lazily and in a fixed order.
+
+    Args:
+        source: a `.txt`, `.jsonl`, `.parquet`, `.tsv`, `.csv`, an `.xz` of one of the text kinds, a folder of such
+            files (read recursively, sorted by path, other files ignored), `hub:NAME[:CONFIG]` (the train split),
+            `builtin:python-docs` or `builtin:sentences`.
+        column: where the text is, by name; in `.tsv` and `.csv` digits are a column number, counted from 1, of a file
+            without header. Without it: the column "text", or the only column of strings. `.txt` has no columns.
+        sample_by: what a document of a `.txt` is: "line" (blank lines are no documents), "paragraph" (separated by
+            blank lines) or "document" (the whole file).
+        limit: stop after this many documents.
+
+    Raises:
+        InputError: at once for a source that does not exist or an argument without meaning; while reading for
+            content that cannot be used, with file and line. Blank rows of Parquet files and of the hub are skipped,
+            because corpora kept there use them as separators; in the other kinds a row without text is an error.
+    """
+    if limit is not None and limit <= 0:
+        raise InputError(f"limit={limit} leaves nothing to read: give a positive number of documents, or none for all")
+    if sample_by not in SAMPLE_BY:
+        raise InputError(f"sample_by={sample_by!r} is unknown: give one of {', '.join(SAMPLE_BY)}")
+    name = str(source)
+    if not name.strip():
+        raise InputError("the name of the data is empty: give a file, a folder, hub:NAME[:CONFIG] or builtin:NAME")
+    if name.startswith("builtin:"):
+        documents = _read_builtin(name)
+    elif name.startswith("hub:"):
+        documents = _read_hub(name, column)
+    else:
+        files = _files(Path(source))
+        documents = chain.from_iterable(_read_file(file, column, sample_by) for file in files)
+    return islice(_non_empty(documents, name), limit)
+
+
+def _non_empty(documents: Iterator[Document], name: str) -> Iterator[Document]:
+    first = next(documents, None)
+    if first is None:
+        raise InputError(f"{name} holds no text: give a source with at least one document")
+    yield first
+    yield from documents
+
+
+def _kind(path: Path) -> str | None:
+    """The known suffix of a file name, in lower case; none if the kind is unknown."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
+
+
+def _files(path: Path) -> list[Path]:
+    known = ", ".join(SUFFIXES)
+    try:
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if _kind(file) and file.is_file())
+            # Hidden folders are caches of editors and tools, never the corpus that a person means.
+            found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+            if not found:
+                raise InputError(f"the folder {path} holds no file of a known kind: put one of {known} there")
+            return found
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give a file, a folder, hub:NAME[:CONFIG] or builtin:NAME")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if _kind(path) is None:
+        raise InputError(f"{path} is of an unknown kind: give one of {known}, or a folder of them")
+    return [path]
+
+
+def _unreadable(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be read ({error.strerror or error}): check the file and its permissions")
+
+
+def _read_file(path: Path, column: str | None, sample_by: str) -> Iterator[Document]:
+    kind = (_kind(path) or "").removesuffix(".xz")
+    readers: dict[str, Callable[[], Iterator[Document]]] = {
+        ".txt": lambda: _read_text(path, sample_by),
+        ".jsonl": lambda: _read_jsonl(path, column),
+        ".tsv": lambda: _read_delimited(path, column, _tsv_rows(path)),
+        ".csv": lambda: _read_delimited(path, column, _csv_rows(path)),
+        ".parquet": lambda: _read_parquet(path, column),
+    }
+    try:
+        yield from readers[kind]()
+    except (lzma.LZMAError, EOFError) as error:
+        raise InputError(f"{path} is truncated or is no xz file ({error}): compress or copy it again") from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+# --- lines of text -----------------------------------------------------------------------------------------------
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file, plain or xz, without their line ends and without a byte order mark."""
+    offset = 0
+    with lzma.open(path, "rb") if path.name.lower().endswith(".xz") else open(path, "rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(
+                    f"{path} line {number} is not UTF-8 (byte {offset + error.start} of the file): convert it to UTF-8"
+                ) from error
+            if "\0" in line:
+                raise InputError(f"{path} line {number} holds a NUL byte, so it is no text: give a UTF-8 text file")
+            yield number, line.rstrip("\r\n")
+            offset += len(raw)
+
+
+def _read_text(path: Path, sample_by: str) -> Iterator[Document]:
+    lines = (line for _, line in _lines(path))
+    if sample_by == "line":
+        yield from (Document(line.strip()) for line in lines if line.strip())
+    elif sample_by == "document":
+        text = "\n".join(lines)
+        if text.strip():
+            yield Document(text)
+    else:
+        paragraph: list[str] = []
+        for line in chain(lines, [""]):
+            if line.strip():
+                paragraph.append(line)
+            elif paragraph:
+                yield Document("\n".join(paragraph).strip())
+                paragraph = []
+
+
+# --- records with named columns ----------------------------------------------------------------------------------
+
+
+def _text_column(record: Mapping[str, Any], column: str | None, where: str) -> str:
+    """The name of the column that holds the text, decided once from the first record."""
+    names = ", ".join(map(str, record)) or "none"
+    if column is not None:
+        if column not in record:
+            raise InputError(f"{where} has no column {column!r}: give column= one of its columns ({names})")
+        return column
+    strings = [name for name, value in record.items() if isinstance(value, str)]
+    if "text" in record:
+        return "text"
+    if len(strings) == 1:
+        return strings[0]
+    raise InputError(f"{where} has no column 'text': give column= one of its columns ({names})")
+
+
+def _checked(text: Any, column: str, where: str) -> Document:
+    if not isinstance(text, str) or not text.strip():
+        raise InputError(f"{where} has no text in column {column!r}: fill it in or take the row out")
+    if "\0" in text:
+        raise InputError(f"{where} holds a NUL character in column {column!r}: take it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no UTF-8 text can hold
+        raise InputError(f"{where} holds half of a surrogate pair in column {column!r}: write it as UTF-8") from error
+    return Document(text)
+
+
+def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
+    name = None
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        where = f"{path} line {number}"
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise InputError(f"{where} is not valid JSON ({error}): write one JSON object on each line") from error
+        if not isinstance(record, dict):
+            raise InputError(f"{where} is {type(record).__name__}, no object: write one JSON object on each line")
+        if name is None:
+            name = _text_column(record, column, where)
+        yield _checked(record.get(name), name, where)
+
+
+def _read_records(records: Iterable[tuple[str, Mapping[str, Any]]], column: str | None) -> Iterator[Document]:
+    """Documents of (place, record) pairs; blank strings are skipped, missing ones are errors."""
+    name = None
+    for where, record in records:
+        if name is None:
+            name = _text_column(record, column, where)
+        text = record.get(name)
+        if not (isinstance(text, str) and not text.strip()):
+            yield _checked(text, name, where)
+
+
+def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def is_string(kind: pa.DataType) -> bool:
+        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+        return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+    try:
+        with pq.ParquetFile(path) as file:
+            # The schema, and not the first row, says which columns hold strings: a row may hold nulls.
+            kinds = {field.name: "" if is_string(field.type) else None for field in file.schema_arrow}
+            name = _text_column(kinds, column, str(path))
+            if kinds[name] is None:
+                raise InputError(f"{path} column {name!r} holds no strings: give column= a column of text")
+            texts = (text for batch in file.iter_batches(1000, columns=[name]) for text in batch.column(0).to_pylist())
+            records = ((f"{path} row {number}", {name: text}) for number, text in enumerate(texts, start=1))
+            yield from _read_records(records, name)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is damaged or is no Parquet file ({reason}): write or copy it again") from error
+
+
+# --- delimited files ---------------------------------------------------------------------------------------------
+
+
+def _tsv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    # Tab-separated values know no quoting: a quotation mark is part of the text.
+    return ((number, line.split("\t")) for number, line in _lines(path))
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader((line + "\n" for _, line in _lines(path)), strict=True)
+    while True:
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            where = f"{path} line {reader.line_num}"
+            raise InputError(f"{where} is not valid CSV ({error}): mend it or give .jsonl instead") from error
+        if row is None:
+            return
+        yield reader.line_num, row
+
+
+def _read_delimited(path: Path, column: str | None, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Document]:
+    rows = ((number, row) for number, row in rows if any(cell.strip() for cell in row))
+    first = next(rows, None)
+    if first is None:
+        return
+    index, has_header = _delimited_column(path, first[1], column)
+    name = first[1][index] if has_header else str(index + 1)
+    for number, row in rows if has_header else chain([first], rows):
+        yield _checked(row[index] if index < len(row) else None, name, f"{path} line {number}")
+
+
+def _delimited_column(path: Path, first: list[str], column: str | None) -> tuple[int, bool]:
+    """Position of the text in a row, and whether the first row is a header."""
+    listing = ", ".join(repr(cell if len(cell) <= 30 else cell[:27] + "...") for cell in first[:8])
+    found = f"{path} has {len(first)} column{'s' * (len(first) != 1)} and the first row {listing}"
+    if column is not None and column.isascii() and column.isdigit():
+        if not 1 <= int(column) <= len(first):
+            raise InputError(f"{found}, so there is no column {column}: give column= from 1 to {len(first)}")
+        return int(column) - 1, False
+    if column is not None:
+        if column not in first:
+            raise InputError(f"{found}, so there is no column {column!r}: give column= a name or number from it")
+        return first.index(column), True
+    if "text" in first:
+        return first.index("text"), True
+    if len(first) == 1:
+        return 0, False
+    raise InputError(f"{found}: give column= its name, or its number in a file without header")
+
+
+# --- sources that are no files -----------------------------------------------------------------------------------
+
+
+def _read_builtin(name: str) -> Iterator[Document]:
+    from latentlm.data.builtin import BUILTIN  # that module needs Document from here
+
+    corpus = BUILTIN.get(name.removeprefix("builtin:"))
+    if corpus is None:
+        known = " and ".join(f"builtin:{key}" for key in BUILTIN)
+        raise InputError(f"{name} is no built-in corpus: those that exist are {known}")
+    return corpus()
+
+
+def _read_hub(name: str, column: str | None) -> Iterator[Document]:
+    dataset, _, config = name.removeprefix("hub:").partition(":")
+    if not dataset:
+        raise InputError(f"{name} names no data set: write hub:NAME or hub:NAME:CONFIG")
+    try:
+        from datasets import load_dataset
+
+        rows = iter(load_dataset(dataset, config or None, split="train", streaming=True))
+        yield from _read_records(((f"{name} row {number}", row) for number, row in enumerate(rows, start=1)), column)
+    except InputError:
+        raise
+    except Exception as error:  # network, name, licence gate, missing split: many types, one remedy
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name} cannot be read from the Hugging Face hub ({reason}): give a local file") from error

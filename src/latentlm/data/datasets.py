@@ -1,0 +1,368 @@
+"""Data sets of token sequences, and what turns their items into batches.
+
+Every sequence is `BOS x_1 … x_T`: BOS is given and never scored, x_1 … x_T are scored. `num_bytes` counts the UTF-8
+bytes of the text that the scored tokens stand for; an EOS that a data set adds counts none.
+"""
+
+import random
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypedDict
+
+import torch
+import torch.distributed
+from jaxtyping import Int64
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from latentlm.data.corpora import Document
+from latentlm.data.tokenizers import token_bytes
+from latentlm.errors import InputError
+
+IGNORE_INDEX = -100
+_MEGA_CHUNK_BATCHES = 50  # lengths are sorted within this many batches: similar lengths, yet a random order
+
+
+class Item(TypedDict):
+    """One sequence: BOS and its scored tokens, and the bytes of text that the scored tokens stand for."""
+
+    input_ids: Int64[Tensor, " time"]
+    num_bytes: int
+
+
+def _item(bos: int, ids: Sequence[int] | Tensor, num_bytes: int) -> Item:
+    scored = torch.as_tensor(ids, dtype=torch.long)
+    return {"input_ids": torch.cat([scored.new_tensor([bos]), scored]), "num_bytes": num_bytes}
+
+
+def _bos_and_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not isinstance(bos, int) or not isinstance(eos, int):
+        raise InputError("the tokenizer lacks a BOS or EOS token: load it with load_tokenizer, which sets both")
+    return bos, eos
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and byte counts of each document with one EOS at its end; documents without tokens are left out."""
+    _, eos = _bos_and_eos(tokenizer)
+    for ids, counts in token_bytes(tokenizer, (document.text for document in documents)):
+        if ids:
+            yield [*ids, eos], [*counts, 0]
+
+
+def _int32(values: array) -> Tensor:
+    return torch.frombuffer(values, dtype=torch.int32) if values else torch.empty(0, dtype=torch.int32)
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise InputError(f"{name}={value} is too small: give at least 1")
+
+
+class Blocks(Dataset[Item]):
+    """Documents joined, one EOS after each, and cut into blocks of equal length that do not overlap.
+
+    Args:
+        documents: read once.
+        tokenizer: its BOS begins each block, its EOS ends each document.
+        block_length: scored tokens of a block.
+        drop_last: leave out the shorter block at the end (training), or keep it as the last item, so that every
+            token is scored exactly once (evaluation).
+
+    Items: `input_ids` [block_length + 1], `num_bytes`. Eight bytes of memory per token.
+    """
+
+    def __init__(
+        self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_length: int, drop_last: bool
+    ):
+        _check_positive(block_length=block_length)
+        ids, counts = array("i"), array("i")
+        for document_ids, document_counts in _tokens(tokenizer, documents):
+            ids.extend(document_ids)
+            counts.extend(document_counts)
+        kept = len(ids) // block_length * block_length if drop_last else len(ids)
+        if kept == 0:
+            raise _too_short(len(ids), block_length)
+        self.block_length = block_length
+        self._bos, _ = _bos_and_eos(tokenizer)
+        self._ids, self._counts = _int32(ids)[:kept], _int32(counts)[:kept]
+
+    @property
+    def num_tokens(self) -> int:
+        """Scored tokens of all blocks."""
+        return len(self._ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text that the scored tokens of all blocks stand for."""
+        return int(self._counts.sum())
+
+    def __len__(self) -> int:
+        return -(-len(self._ids) // self.block_length)
+
+    def __getitem__(self, index: int) -> Item:
+        start = range(len(self))[index] * self.block_length  # range: negative indices, and IndexError at the end
+        span = slice(start, start + self.block_length)
+        return _item(self._bos, self._ids[span], int(self._counts[span].sum()))
+
+
+def _too_short(num_tokens: int, block_length: int) -> InputError:
+    return InputError(
+        f"the text has {num_tokens} tokens, less than one block of {block_length}: "
+        "give more text or a smaller block_length"
+    )
+
+
+class StreamedBlocks(IterableDataset[Item]):
+    """The blocks of `Blocks`, made while they are read: for corpora that are larger than memory.
+
+    Workers of a DataLoader and ranks of `torch.distributed` share the blocks out by index: block i goes to rank
+    i mod R, there to worker ⌊i / R⌋ mod W. Each of them reads and tokenises the whole source, so a fast source
+    matters. With `drop_last` every rank gets equally many: the R - 1 last blocks may be left out.
+
+    Whoever shards data sets as well (accelerate does, for those that iterate) must not do it to this one, or most
+    of the text is never seen.
+
+    Args:
+        source: gives a fresh iterator over the documents each time it is called, in the same order; with workers
+            that are spawned it must be picklable.
+        tokenizer, block_length, drop_last: as in `Blocks`.
+        shuffle_buffer: blocks held to draw the next one from at random; 0 keeps the order of the text.
+        seed: of that draw, together with the epoch, the rank and the worker.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[], Iterator[Document]],
+        tokenizer: PreTrainedTokenizerBase,
+        block_length: int,
+        drop_last: bool,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+    ):
+        _check_positive(block_length=block_length)
+        if shuffle_buffer < 0:
+            raise InputError(f"shuffle_buffer={shuffle_buffer} is negative: give a number of blocks, or 0")
+        self.source, self.tokenizer, self.block_length, self.drop_last = source, tokenizer, block_length, drop_last
+        self.shuffle_buffer, self.seed = shuffle_buffer, seed
+        # Shared memory, because workers that live on between epochs have a copy of this object.
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another epoch has another order."""
+        self._epoch.fill_(epoch)
+
+    def __iter__(self) -> Iterator[Item]:
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        own = self._own_blocks(rank, ranks, worker, workers)
+        if self.shuffle_buffer:
+            own = _shuffled(own, self.shuffle_buffer, f"{self.seed} {int(self._epoch)} {rank} {worker}")
+        return own
+
+    def _own_blocks(self, rank: int, ranks: int, worker: int, workers: int) -> Iterator[Item]:
+        bos, _ = _bos_and_eos(self.tokenizer)
+        held = None
+        for index, (ids, num_bytes) in enumerate(self._all_blocks()):
+            if index % ranks == rank and index // ranks % workers == worker:
+                held = _item(bos, ids, num_bytes)
+            round_is_complete = index % ranks == ranks - 1
+            if held and (round_is_complete or not self.drop_last):
+                yield held
+                held = None
+
+    def _all_blocks(self) -> Iterator[tuple[list[int], int]]:
+        ids: list[int] = []
+        counts: list[int] = []
+        length, index = self.block_length, 0
+        for document_ids, document_counts in _tokens(self.tokenizer, self.source()):
+            ids += document_ids
+            counts += document_counts
+            whole = len(ids) // length * length
+            for start in range(0, whole, length):
+                yield ids[start : start + length], sum(counts[start : start + length])
+                index += 1
+            del ids[:whole], counts[:whole]
+        if ids and not self.drop_last:
+            yield ids, sum(counts)
+        elif index == 0:
+            raise _too_short(len(ids), length)
+
+
+def _shuffled(items: Iterator[Item], size: int, seed: str) -> Iterator[Item]:
+    """Each item once it is drawn from a buffer of `size`; the random sequence is the same on every platform."""
+    rng = random.Random(seed)
+    buffer: list[Item] = []
+    for item in items:
+        if len(buffer) < size:
+            buffer.append(item)
+        else:
+            position = int(rng.random() * size)
+            yield buffer[position]
+            buffer[position] = item
+    yield from (buffer[index] for index in _permutation(len(buffer), rng))
+
+
+class Sentences(Dataset[Item]):
+    """One document per item: BOS, its tokens, EOS.
+
+    Args:
+        documents: read once; those without a token are skipped.
+        tokenizer: gives BOS and EOS.
+        max_length: scored tokens kept of each document, EOS counted; None keeps all.
+
+    Attributes:
+        lengths: scored tokens of each item.
+        factors: the generative factors of each item (None for one without), or None if no document has any.
+        truncated: how many items lost tokens to `max_length`.
+
+    Items: `input_ids` [lengths[i] + 1], `num_bytes`.
+    """
+
+    def __init__(
+        self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+    ):
+        if max_length is not None:
+            _check_positive(max_length=max_length)
+        self._bos, eos = _bos_and_eos(tokenizer)
+        self.truncated = 0
+        self.lengths: list[int] = []
+        factors: list[Mapping[str, str] | None] = []
+        ids, self._num_bytes, self._starts = array("i"), array("q"), array("q")
+
+        read: list[Mapping[str, str] | None] = []  # factors of documents read ahead by the tokenizer's batches
+
+        def texts() -> Iterator[str]:
+            for document in documents:
+                read.append(document.factors)
+                yield document.text
+
+        for number, (document_ids, counts) in enumerate(token_bytes(tokenizer, texts())):
+            if not document_ids:
+                continue
+            document_ids, counts = [*document_ids, eos], [*counts, 0]
+            self.truncated += max_length is not None and len(document_ids) > max_length
+            self._starts.append(len(ids))
+            ids.extend(document_ids[:max_length])
+            self.lengths.append(len(ids) - self._starts[-1])
+            self._num_bytes.append(sum(counts[:max_length]))
+            factors.append(read[number])
+        if not self.lengths:
+            raise InputError("the documents hold no text: give at least one that is not empty")
+        self.factors = factors if any(factors) else None
+        self._ids = _int32(ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Scored tokens of all items."""
+        return len(self._ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text that the scored tokens of all items stand for."""
+        return sum(self._num_bytes)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Item:
+        start = self._starts[index]
+        return _item(self._bos, self._ids[start : start + self.lengths[index]], self._num_bytes[index])
+
+
+# --- batches -----------------------------------------------------------------------------------------------------
+
+
+def collate(features: Sequence[Mapping], pad_token_id: int) -> dict[str, Tensor]:
+    """Pads items on the right to one batch.
+
+    Returns:
+        `input_ids` [B, L], `attention_mask` [B, L] (1 real, 0 padding), `labels` [B, L] (the ids, -100 at BOS and
+        padding: whoever counts scored tokens counts the rest), `num_bytes` [B].
+    """
+    rows = [feature["input_ids"] for feature in features]
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+    # From the lengths and not from the ids: padding may be the same token as EOS.
+    real = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    labels = input_ids.masked_fill(~real, IGNORE_INDEX)
+    labels[:, 0] = IGNORE_INDEX
+    num_bytes = torch.tensor([feature["num_bytes"] for feature in features], dtype=torch.long)
+    return {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels, "num_bytes": num_bytes}
+
+
+class Collator:
+    """`collate` with the padding token of a tokenizer: a `data_collator` for a Trainer or a DataLoader."""
+
+    def __init__(self, pad_token_id: int):
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, features: Sequence[Mapping]) -> dict[str, Tensor]:
+        return collate(features, self.pad_token_id)
+
+
+def text_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], end: bool = True) -> BatchEncoding:
+    """Texts as a model takes them: `input_ids` [B, L] of BOS, tokens and, unless `end` is false, EOS, padded on the
+    right, and `attention_mask` [B, L].
+
+    A prompt to continue has no end yet: `end=False`.
+    """
+    if isinstance(texts, str) or not texts:
+        raise InputError("there are no texts: give a list with at least one string")
+    bos, eos = _bos_and_eos(tokenizer)
+    encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    items = [_item(bos, [*ids, eos] if end else ids, 0) for ids in encoded]
+    pad = tokenizer.pad_token_id
+    batch = collate(items, pad if isinstance(pad, int) else eos)
+    return BatchEncoding({name: batch[name] for name in ("input_ids", "attention_mask")})
+
+
+# --- orders and splits -------------------------------------------------------------------------------------------
+
+
+def _permutation(size: int, rng: random.Random) -> list[int]:
+    keys = [rng.random() for _ in range(size)]
+    return sorted(range(size), key=keys.__getitem__)
+
+
+def length_buckets(lengths: Sequence[int], batch_size: int, seed: int, shuffle: bool) -> list[list[int]]:
+    """Batches of indices of similar lengths; every index is in exactly one.
+
+    Shuffled, the indices are sorted by length within random chunks of 50 batches and the batches come in random
+    order; otherwise they are sorted by length over all. Only one batch may be smaller than `batch_size`.
+    """
+    _check_positive(batch_size=batch_size)
+    rng = random.Random(seed)
+    order = _permutation(len(lengths), rng) if shuffle else list(range(len(lengths)))
+    chunk = batch_size * _MEGA_CHUNK_BATCHES if shuffle else max(len(order), 1)
+    batches = []
+    for start in range(0, len(order), chunk):
+        part = sorted(order[start : start + chunk], key=lengths.__getitem__)
+        batches += [part[first : first + batch_size] for first in range(0, len(part), batch_size)]
+    return [batches[index] for index in _permutation(len(batches), rng)] if shuffle else batches
+
+
+def split_documents(documents: Sequence[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """Splits documents at random into training and validation, both in their old order and neither empty.
+
+    Equal texts go to the same side, or the validation would hold text that was trained on.
+
+    Args:
+        fraction: of the distinct texts that go to validation, between 0 and 1.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"a validation fraction of {fraction} is impossible: give one between 0 and 1, such as 0.1")
+    texts = list(dict.fromkeys(document.text for document in documents))
+    if len(texts) < 2:
+        raise InputError(
+            f"{len(texts)} distinct document cannot be split into training and validation: "
+            "give a validation file, or sample_by=line or sample_by=paragraph"
+        )
+    size = min(max(round(fraction * len(texts)), 1), len(texts) - 1)
+    chosen = {texts[index] for index in _permutation(len(texts), random.Random(seed))[:size]}
+    train = [document for document in documents if document.text not in chosen]
+    return train, [document for document in documents if document.text in chosen]

@@ -1,0 +1,171 @@
+"""From the `data` section of a recipe to sequences and a tokenizer."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from latentlm.data.corpora import Document, read_documents
+from latentlm.data.datasets import Blocks, Sentences, StreamedBlocks, split_documents
+from latentlm.data.tokenizers import load_tokenizer, train_tokenizer
+from latentlm.errors import InputError
+
+RECIPE_FILE = "recipe.yaml"
+# blocks that wait in memory to be drawn at random while streaming
+_SHUFFLED_BLOCKS = 4096
+# documents from which a streamed corpus' tokenizer is trained
+_TOKENIZER_DOCUMENTS = 50_000
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """What is read and how it becomes sequences.
+
+    Args:
+        source: a file, a folder, `hub:NAME[:CONFIG]` or `builtin:NAME`.
+        validation: a source for validation; None splits `validation_fraction` of the documents off,
+            by `split_seed`.
+        column: text column of a table; see `data.read_documents`.
+        sample_by: what of a text file is a document: "line", "paragraph" or "document".
+        unit: "blocks" packs documents into blocks of `length` tokens; "sentences" makes each document a sequence of at
+            most `length` tokens.
+        length: scored tokens of a sequence, T.
+        limit: documents read from `source`; None for all.
+        streaming: read, tokenise and shuffle while training, for text that does not fit in memory (blocks only).
+        tokenizer: folder or hub name of a tokenizer; None trains one of `vocab_size` tokens on the training text.
+    """
+
+    source: str
+    validation: str | None = None
+    validation_fraction: float = 0.05
+    split_seed: int = 0
+    column: str | None = None
+    sample_by: Literal["line", "paragraph", "document"] = "line"
+    unit: Literal["blocks", "sentences"] = "blocks"
+    length: int = 128
+    limit: int | None = None
+    streaming: bool = False
+    tokenizer: str | None = None
+    vocab_size: int = 8192
+
+    def validate_values(self) -> None:
+        """Part of the validation of `@strict`."""
+        if self.length < 1:
+            raise ValueError(f"length must be at least 1, not {self.length}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, not {self.limit}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be between 0 and 1, not {self.validation_fraction}")
+        if self.streaming and self.unit == "sentences":
+            raise ValueError("streaming makes blocks: set unit to blocks, or streaming to false")
+        if self.streaming and self.validation is None:
+            raise ValueError("streaming reads source once and cannot split it: name a source under validation")
+
+
+@dataclass
+class Corpus:
+    """A recipe's data as sequences, and the tokenizer that made them."""
+
+    train: Dataset
+    validation: Dataset
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_corpus(data: DataRecipe, seed: int = 0) -> Corpus:
+    """Reads, splits by document, tokenises and cuts into sequences."""
+    if data.streaming:
+        return _stream_corpus(data, seed)
+    documents = list(read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit))
+    if data.validation is None:
+        training, validation = split_documents(documents, data.validation_fraction, data.split_seed)
+    else:
+        training, validation = documents, _validation_documents(data)
+    tokenizer = _tokenizer(data, (document.text for document in training))
+    return Corpus(
+        make_sequences(training, tokenizer, data.unit, data.length, drop_last=True),
+        make_sequences(validation, tokenizer, data.unit, data.length, drop_last=False),
+        tokenizer,
+    )
+
+
+def make_sequences(
+    documents: list[Document], tokenizer: PreTrainedTokenizerBase, unit: str, length: int, *, drop_last: bool
+) -> Dataset:
+    """Blocks or sentences of at most `length` scored tokens."""
+    if unit == "sentences":
+        return Sentences(documents, tokenizer, max_length=length)
+    return Blocks(documents, tokenizer, block_length=length, drop_last=drop_last)
+
+
+def _stream_corpus(data: DataRecipe, seed: int) -> Corpus:
+    def documents() -> Iterator[Document]:
+        return read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
+
+    first = (document.text for document, _ in zip(documents(), range(_TOKENIZER_DOCUMENTS), strict=False))
+    tokenizer = _tokenizer(data, first)
+    train = StreamedBlocks(documents, tokenizer, data.length, True, shuffle_buffer=_SHUFFLED_BLOCKS, seed=seed)
+    validation = make_sequences(_validation_documents(data), tokenizer, data.unit, data.length, drop_last=False)
+    return Corpus(train, validation, tokenizer)
+
+
+def _validation_documents(data: DataRecipe) -> list[Document]:
+    assert data.validation is not None
+    return list(read_documents(data.validation, column=data.column, sample_by=data.sample_by))
+
+
+def _tokenizer(data: DataRecipe, texts: Iterable[str]) -> PreTrainedTokenizerBase:
+    return train_tokenizer(texts, data.vocab_size) if data.tokenizer is None else load_tokenizer(data.tokenizer)
+
+
+def saved_data_recipe(folder: str | Path) -> DataRecipe | None:
+    """The data that a model in a folder was trained on, as its recipe says; None where no recipe is saved with it."""
+    path = Path(folder) / RECIPE_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+        known = {f.name for f in fields(DataRecipe)}
+        return DataRecipe(**{key: value for key, value in content.items() if key in known})
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is no recipe that can be read: delete it, or give --data.") from error
+
+
+def evaluation_sequences(
+    folder: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    longest: int,
+    source: str | None = None,
+    *,
+    column: str | None = None,
+    sample_by: str | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Sequences to evaluate a saved model on: `source`, cut as the model's recipe cuts, or the recipe's own validation.
+
+    Args:
+        folder: the model's.
+        longest: the model's context, used where no recipe is saved with it (blocks of that many tokens).
+        limit: documents read.
+    """
+    data = saved_data_recipe(folder)
+    if source is None:
+        if data is None:
+            raise InputError(f"{folder} has no {RECIPE_FILE} that would say what to evaluate on: give --data.")
+        if data.validation is None:
+            documents = list(
+                read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
+            )
+            documents = split_documents(documents, data.validation_fraction, data.split_seed)[1][:limit]
+        else:
+            documents = list(read_documents(data.validation, column=data.column, sample_by=data.sample_by, limit=limit))
+    else:
+        by = sample_by or (data.sample_by if data else "line")
+        documents = list(read_documents(source, column=column, sample_by=by, limit=limit))
+    unit, length = (data.unit, data.length) if data else ("blocks", longest)
+    return make_sequences(documents, tokenizer, unit, length, drop_last=False)

@@ -1,0 +1,99 @@
+"""Figures of several models as one table and one picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Figures = Mapping[str, Any]
+
+
+def table(figures: Mapping[str, Figures], title: str) -> Table:
+    """Models side by side. NLL in nats per token; a bound is marked ≤, the likelihood itself =."""
+    rows = Table(title=title, title_justify="left")
+    rows.add_column("")
+    for name in figures:
+        rows.add_column(name, justify="right")
+    for label, show in _ROWS:
+        rows.add_row(label, *(show(one) for one in figures.values()))
+    return rows
+
+
+def _bound(key: str, digits: int = 4) -> Any:
+    return lambda one: f"{'=' if one['exact'] else '≤'} {one[key]:.{digits}f}"
+
+
+def _latent(key: str, form: str) -> Any:
+    return lambda one: "–" if one["exact"] or one[key] is None else format(one[key], form)
+
+
+_ROWS: Sequence[tuple[str, Any]] = (
+    ("parameters", lambda one: f"{one['parameters']:,}"),
+    ("tokens trained on", lambda one: f"{one['training_tokens']:,.0f}" if "training_tokens" in one else "–"),
+    ("NLL is", lambda one: "exact" if one["exact"] else "a bound"),
+    ("NLL by ELBO, nats/token", _bound("elbo_nll_per_token")),
+    ("NLL by IW, nats/token", _bound("iw_nll_per_token")),
+    ("  importance samples K", lambda one: "–" if one["exact"] else str(one["iw_samples"])),
+    ("perplexity by IW", _bound("iw_perplexity", 3)),
+    ("bits per byte by IW", _bound("iw_bits_per_byte")),
+    ("NLL under prior z, nats/token", _latent("prior_nll_per_token", ".4f")),
+    ("reconstruction (no bound)", _latent("reconstruction_nll_per_token", ".4f")),
+    ("KL, nats/sequence", _latent("kl_per_sequence", ".3f")),
+    ("mutual information, nats", _latent("mutual_information", ".3f")),
+    (
+        "active units",
+        lambda one: (
+            "–" if one["exact"] or one["active_units"] is None else f"{one['active_units']} of {one['latent_units']}"
+        ),
+    ),
+    ("sequences, tokens scored", lambda one: f"{one['sequences']:,}, {one['tokens']:,}"),
+    (
+        "training tokens/s",
+        lambda one: f"{one['training_tokens_per_second']:,.0f}" if "training_tokens_per_second" in one else "–",
+    ),
+    ("evaluation tokens/s", lambda one: f"{one['tokens_per_second']:,.0f}"),
+)
+
+
+def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+    """A PNG of training: NLL per token of every model, and the KL and active units of those with a latent."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    nll, kl = figure.subplots(1, 2)
+    units = kl.twinx()
+    for index, (name, history) in enumerate(histories.items()):
+        colour = f"C{index}"
+        nll.plot(*_series(history, "elbo_nll_per_token"), color=colour, alpha=0.35, linewidth=1)
+        nll.plot(*_series(history, "eval_elbo_nll_per_token"), color=colour, marker="o", markersize=3, label=name)
+        if any(entry.get("kl_per_sequence") for entry in history):
+            prior = _series(history, "eval_prior_nll_per_token")
+            nll.plot(*prior, color=colour, linestyle=":", label=f"{name}, z from the prior")
+            kl.plot(
+                *_series(history, "eval_kl_per_sequence"), color=colour, marker="o", markersize=3, label=f"{name}: KL"
+            )
+            units.plot(
+                *_series(history, "eval_active_units"), color="C3", linestyle="--", label=f"{name}: active units"
+            )
+    nll.set(xlabel="step", ylabel="nats per token", title="NLL: validation (dots), training (faint)")
+    low = min(min(_series(history, "elbo_nll_per_token")[1], default=0.0) for history in histories.values())
+    last = max(
+        _series(history, "eval_elbo_nll_per_token")[1][0] if _series(history, "eval_elbo_nll_per_token")[1] else low + 1
+        for history in histories.values()
+    )
+    nll.set_ylim(low - 0.1 * (last - low), low + 2.0 * (last - low))
+    nll.legend(frameon=False)
+    kl.set(xlabel="step", ylabel="KL, nats per sequence", title="What z carries (validation)")
+    units.set_ylabel("active units")
+    lines = [line for axis in (kl, units) for line in axis.get_lines()]
+    if lines:
+        kl.legend(lines, [line.get_label() for line in lines], frameon=False, loc="lower right")
+    figure.savefig(path, dpi=120)
+
+
+def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+    pairs = [(entry["step"], entry[key]) for entry in history if key in entry]
+    return [step for step, _ in pairs], [value for _, value in pairs]

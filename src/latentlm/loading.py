@@ -1,0 +1,86 @@
+"""Models and their tokenizers, from and to a folder."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from latentlm.data import load_tokenizer
+from latentlm.errors import InputError
+from latentlm.families import FAMILIES
+from latentlm.latent_lm import LatentLM
+
+
+def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
+    """The model, in evaluation mode, and the tokenizer that were saved together in a folder (or under a hub name).
+
+    Raises:
+        InputError: the folder is missing, is no model of a family of this library, lacks weights, or its tokenizer has
+            more tokens than the model's vocabulary.
+    """
+    folder = Path(path)
+    if folder.exists() or str(path).startswith((".", "/", "~")):
+        _check_folder(folder)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModel.from_pretrained(path, output_loading_info=True)
+    except InputError:
+        raise
+    except Exception as error:  # every kind of damage raises its own kind of exception
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} cannot be loaded as a model: {reason}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    if not isinstance(model, LatentLM):
+        raise InputError(f"{path} holds a {type(model).__name__}, which is no family of latentlm.")
+    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if wrong:
+        raise InputError(f"{path}: its weights do not fit its config.json (for one, {wrong[0]}): save the model again.")
+    tokenizer = load_tokenizer(path)
+    if len(tokenizer) > model.config.vocab_size:
+        raise InputError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens and the model {model.config.vocab_size}: "
+            "they do not belong together."
+        )
+    return model.eval(), tokenizer
+
+
+def save(model: LatentLM, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
+    """Writes model and tokenizer to a folder: a new one appears whole, in an old one each file is replaced whole."""
+    folder = Path(path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        if folder.exists():
+            for file in staging.iterdir():
+                os.replace(file, folder / file.name)
+        else:
+            staging.chmod(0o755)
+            staging.rename(folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist or is no folder: give the folder of a saved model.")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        model_type = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder} has no readable config.json with a model_type: it is no saved model.") from error
+    known = {family.config_class.model_type: name for name, family in FAMILIES.items()}
+    if model_type not in known:
+        raise InputError(f"{folder} holds a model of type {model_type!r}; latentlm knows {', '.join(known)}.")

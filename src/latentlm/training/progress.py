@@ -1,0 +1,72 @@
+"""Progress in the terminal."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@contextmanager
+def counted(console: Console, name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for a function that calls back with (done, in all)."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(name, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+class ProgressLine(TrainerCallback):
+    """The Trainer's progress: steps done, time left and the latest figures.
+
+    Where output is no terminal, one line for each tenth of the run.
+    """
+
+    def __init__(self, console: Console, name: str):
+        self.console, self.name = console, name
+        self.figures = ""
+        self.tenth = 0
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.start()
+        self.task = self.progress.add_task(self.name, total=state.max_steps, completed=state.global_step, figures="")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "nll_per_token" in logs:
+            self.figures = (
+                f"ELBO {logs['elbo_nll_per_token']:.3f} nats/token, KL {logs['kl_per_sequence']:.2f} nats/sequence"
+            )
+            if "tokens_per_second" in logs:
+                self.figures += f", {logs['tokens_per_second']:,.0f} tokens/s"
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.progress.update(self.task, completed=state.global_step, figures=self.figures)
+        tenth = 10 * state.global_step // max(state.max_steps, 1)
+        if not self.console.is_terminal and tenth > self.tenth:
+            self.tenth = tenth
+            self.console.print(f"{self.name}: step {state.global_step} of {state.max_steps}; {self.figures}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.stop()

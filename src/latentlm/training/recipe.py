@@ -1,0 +1,264 @@
+"""Recipes: one YAML file says what is trained, on what, and how. A wrong key or value is named with its line.
+
+model:       family: ltm | autoregressive, and the fields of that family's config (vocab_size comes from the tokenizer)
+data:        the fields of `DataRecipe`
+training:    the fields of transformers' TrainingArguments
+evaluation:  the fields of `EvaluationRecipe`
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub.dataclasses import strict
+from transformers import TrainingArguments
+
+from latentlm.data.recipe import DataRecipe
+from latentlm.errors import InputError
+from latentlm.families import FAMILIES
+from latentlm.latent_lm import LatentLM, LatentLMConfig
+
+# what latentlm sets itself, from the command line or because its datasets and loss need it
+_OURS = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "remove_unused_columns",
+    "label_names",
+    "include_for_metrics",
+    "do_train",
+}
+# the paper's schedule (Kong et al. 2025, appendix A.2); every one can be set in a recipe
+_TRAINING_DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "learning_rate": 4e-4,
+    "lr_scheduler_type": "cosine_with_min_lr",
+    "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+    "warmup_steps": 0.05,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.95,
+    "weight_decay": 0.1,
+    "max_grad_norm": 1.0,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 500,
+    "save_total_limit": 2,
+    "eval_strategy": "steps",
+    "eval_steps": 500,
+    "report_to": "tensorboard",
+    "seed": 0,
+    "dataloader_pin_memory": False,
+}
+
+
+@strict
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecipe:
+    """What is measured on the validation data while training.
+
+    Args:
+        sequences: how many of them; None for all.
+        iw_samples: K of the importance-weighted bound.
+    """
+
+    sequences: int | None = 64
+    iw_samples: int = 4
+    batch_size: int = 32
+
+    def validate_values(self) -> None:
+        """Part of the validation of `@strict`."""
+        if (self.sequences is not None and self.sequences < 1) or self.iw_samples < 1 or self.batch_size < 1:
+            raise ValueError("sequences, iw_samples and batch_size must be at least 1")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe. `document` is what it was read from, with overrides applied, to be saved beside the model."""
+
+    family: type[LatentLM]
+    model: Mapping[str, Any]
+    data: DataRecipe
+    training: Mapping[str, Any]
+    evaluation: EvaluationRecipe
+    document: Mapping[str, Any] = field(repr=False)
+
+    def model_config(self, **from_tokenizer: Any) -> LatentLMConfig:
+        """The family's config for this recipe and the tokenizer's vocabulary."""
+        defaults = {}
+        if "max_position_embeddings" in {f.name for f in dataclasses.fields(self.family.config_class)}:
+            defaults["max_position_embeddings"] = self.data.length
+        return self.family.config_class(**{**defaults, **self.model, **from_tokenizer})
+
+    def training_arguments(self, output_dir: Path) -> TrainingArguments:
+        return TrainingArguments(
+            **{**_TRAINING_DEFAULTS, **self.training},
+            output_dir=str(output_dir),
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            label_names=["labels"],
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 4e-4 as a string; people who train models write it as a number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)$|^[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+    ),
+    list("-+0123456789."),
+)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe; `overrides` are `section.key=value` with the value in YAML.
+
+    Raises:
+        InputError: naming the file and, where there is one, the line.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputError(f"recipe {path} cannot be read: {reason}.") from error
+    return parse_recipe(text, str(path), overrides)
+
+
+def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """As `load_recipe`, from the recipe's text; `name` is what errors call it."""
+    try:
+        node = yaml.compose(text, _Loader)
+        document = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}, line {mark.line + 1}" if mark else name
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{name}: a recipe is a mapping with the keys model, data and training.")
+    places = _places(node, name)
+    for override in overrides:
+        _apply(document, override, places)
+    return _check(document, places, name)
+
+
+def _places(node: yaml.Node, name: str) -> dict[tuple[str, ...], str]:
+    """Where each key stands: ("model",) and ("model", "hidden_size") → "file, line n"."""
+    places: dict[tuple[str, ...], str] = {}
+    for key, value in getattr(node, "value", []):
+        places[(str(key.value),)] = f"{name}, line {key.start_mark.line + 1}"
+        if isinstance(value, yaml.MappingNode):
+            for inner, _ in value.value:
+                if (path := (str(key.value), str(inner.value))) in places:
+                    raise InputError(f"{name}, line {inner.start_mark.line + 1}: {'.'.join(path)} is given twice.")
+                places[path] = f"{name}, line {inner.start_mark.line + 1}"
+    return places
+
+
+def _apply(document: dict[str, Any], override: str, places: dict[tuple[str, ...], str]) -> None:
+    path, separator, text = override.partition("=")
+    section, dot, key = path.partition(".")
+    if not separator or not dot or not key:
+        raise InputError(f"override {override!r} is not of the form section.key=value, as in training.max_steps=100.")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not valid YAML.") from error
+    if not isinstance(document.setdefault(section, {}), dict):
+        raise InputError(f"{places[(section,)]}: {section} must be a mapping of keys to values.")
+    document[section][key] = value
+    places[(section, key)] = places.setdefault((section,), f"override {override!r}") and f"override {override!r}"
+
+
+def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: str) -> Recipe:
+    sections = ("model", "data", "training", "evaluation")
+    for section, content in document.items():
+        if section not in sections:
+            raise InputError(f"{places[(section,)]}: unknown key {section!r}{_hint(section, sections)}.")
+        if not isinstance(content, dict):
+            raise InputError(f"{places[(section,)]}: {section} must be a mapping of keys to values.")
+    for section in sections[:3]:
+        if section not in document:
+            raise InputError(f"{name}: the section {section!r} is missing.")
+    model = dict(document["model"])
+    family = FAMILIES.get(model.pop("family", None))
+    if family is None:
+        where = places.get(("model", "family"), places[("model",)])
+        raise InputError(f"{where}: model.family must be one of {', '.join(FAMILIES)}.")
+    data = _section(DataRecipe, "data", document["data"], places)
+    evaluation = _section(EvaluationRecipe, "evaluation", document.get("evaluation") or {}, places)
+    config_fields = {f.name for f in dataclasses.fields(family.config_class)}
+    for key in model:
+        if key not in config_fields or key == "vocab_size":
+            owner = "comes from the tokenizer" if key == "vocab_size" else "is no field of the family"
+            raise InputError(f"{places[('model', key)]}: model.{key} {owner}{_hint(key, config_fields)}.")
+    _check_training(document["training"], places)
+    recipe = Recipe(family, model, data, dict(document["training"]), evaluation, document)
+    with _located("model", model, places):
+        recipe.model_config(vocab_size=1)
+    with _located("training", recipe.training, places):
+        recipe.training_arguments(Path("unused"))
+    return recipe
+
+
+def _section(kind: Any, section: str, content: Mapping[str, Any], places: Mapping[tuple[str, ...], str]) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    for key in content:
+        if key not in known:
+            raise InputError(f"{places[(section, key)]}: unknown key {section}.{key}{_hint(key, known)}.")
+    for f in dataclasses.fields(kind):
+        if f.default is dataclasses.MISSING and f.name not in content:
+            raise InputError(f"{places[(section,)]}: {section}.{f.name} is missing.")
+    with _located(section, content, places):
+        return kind(**content)
+
+
+def _check_training(training: Mapping[str, Any], places: Mapping[tuple[str, ...], str]) -> None:
+    known = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+    for key, value in training.items():
+        where = places[("training", key)]
+        if key in _OURS:
+            raise InputError(f"{where}: training.{key} is set by latentlm itself: leave it out.")
+        if key not in known:
+            raise InputError(f"{where}: unknown key training.{key}{_hint(key, known)}.")
+        default = _TRAINING_DEFAULTS.get(key, known[key].default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if isinstance(default, bool) and not isinstance(value, (bool, str)):
+            raise InputError(f"{where}: training.{key} must be true or false, not {value!r}.")
+        if isinstance(default, (int, float)) and not isinstance(default, bool) and not number:
+            raise InputError(f"{where}: training.{key} must be a number, not {value!r}.")
+        if number and not (value >= 0 or (key == "max_steps" and value == -1)):
+            raise InputError(f"{where}: training.{key} must not be negative or NaN, but is {value}.")
+
+
+class _located:
+    """Turns what a constructor raises into one sentence that names the line of the key it complains of."""
+
+    def __init__(self, section: str, content: Mapping[str, Any], places: Mapping[tuple[str, ...], str]):
+        self.section, self.content, self.places = section, content, places
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception):
+            sentence = " ".join(str(error).split())
+            sentence = re.sub(
+                r"^(Class validation error for validator '\w+'|Validation error for field '(\w+)'):?\s*",
+                r"\2 ",
+                sentence,
+            )
+            sentence = re.sub(r"^\s*(TypeError|ValueError):\s*|\s(TypeError|ValueError):\s", " ", sentence).strip()
+            guilty = [key for key in self.content if re.search(rf"\b{re.escape(key)}\b", str(error))]
+            where = self.places.get((self.section, guilty[0])) if guilty else None
+            raise InputError(f"{where or self.places[(self.section,)]}: {sentence}") from error
+
+
+def _hint(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(str(key), [str(k) for k in known], n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

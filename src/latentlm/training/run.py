@@ -1,0 +1,84 @@
+"""From a recipe to a trained model in a folder."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from latentlm.data import Collator
+from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus
+from latentlm.errors import InputError
+from latentlm.files import write_whole
+from latentlm.latent_lm import LatentLM
+from latentlm.loading import save
+from latentlm.training.recipe import Recipe
+from latentlm.training.trainer import LatentTrainer
+
+HISTORY_FILE = "history.json"
+
+
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LatentLM:
+    """The recipe's model with fresh weights from the recipe's seed."""
+    set_seed(recipe.training.get("seed", 0))
+    config = recipe.model_config(
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return recipe.family(config)
+
+
+def train(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    corpus: Corpus | None = None,
+    callbacks: Iterable[TrainerCallback] = (),
+    on_stage: Callable[[str], None] = lambda stage: None,
+) -> tuple[LatentLM, Corpus, list[dict[str, Any]]]:
+    """Trains a recipe; `output` then holds model, tokenizer, recipe, history, and the last checkpoints.
+
+    Args:
+        resume: go on from the newest checkpoint in `output`.
+        corpus: the recipe's data, where it is loaded already.
+        on_stage: told in words what is being done before the first step.
+
+    Returns:
+        The model, its corpus, and the log (one mapping for each logged step).
+    """
+    seed = recipe.training.get("seed", 0)
+    checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    if resume and checkpoint is None:
+        raise InputError(f"{output} has no checkpoint to resume from: leave --resume out to start.")
+    if corpus is None:
+        on_stage("reading and tokenising the data")
+        corpus = load_corpus(recipe.data, seed)
+    model = build_model(recipe, corpus.tokenizer)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(output / RECIPE_FILE, yaml.safe_dump(dict(recipe.document), sort_keys=False))
+    arguments = recipe.training_arguments(output)
+    if recipe.data.unit == "sentences" and "train_sampling_strategy" not in recipe.training:
+        arguments.train_sampling_strategy = "group_by_length"
+    trainer = LatentTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=corpus.train,
+        eval_dataset=corpus.validation,
+        data_collator=Collator(corpus.tokenizer.pad_token_id),
+        processing_class=corpus.tokenizer,
+        evaluation=recipe.evaluation,
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.is_world_process_zero():
+        save(model, corpus.tokenizer, output)
+        write_whole(output / HISTORY_FILE, json.dumps(trainer.state.log_history, indent=1))
+    return model, corpus, trainer.state.log_history

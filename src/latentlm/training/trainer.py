@@ -1,0 +1,134 @@
+"""Training on `transformers.Trainer`: loop, checkpoints, mixed precision, processes and trackers are the Trainer's."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Subset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from latentlm.evaluation.likelihood import evaluate
+from latentlm.latent_lm import LatentLM, LatentLMOutput
+from latentlm.training.recipe import EvaluationRecipe
+
+# what in-training evaluation reports; the whole set of figures is `latentlm evaluate`
+_EVALUATION_FIGURES = (
+    "elbo_nll_per_token",
+    "iw_nll_per_token",
+    "reconstruction_nll_per_token",
+    "prior_nll_per_token",
+    "kl_per_sequence",
+    "active_units",
+)
+
+
+class LatentTrainer(Trainer):
+    """Trainer whose loss is Σ (nll + β · kl) / Σ scored tokens of the global batch and whose noise is per sequence.
+
+    The noise of a step is a function of (seed, step, sequence), so accumulation, the order within a batch and the
+    number of processes leave the loss as it is. Each log has, over the steps since the last one: `elbo_nll_per_token`,
+    `nll_per_token`, `kl_per_token`, `kl_per_sequence`, `active_units` (of the posterior means seen), `beta`, `tokens`
+    (scored, since the start) and `tokens_per_second`.
+    """
+
+    model: LatentLM
+
+    def __init__(self, *args: Any, evaluation: EvaluationRecipe | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.evaluation = evaluation or EvaluationRecipe()
+        self.statistics = _Statistics()
+        self.add_callback(_Progress(self.model))
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        given["seed"] = (self.args.seed << 32) + self.state.global_step
+        loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
+        tokens = self.model.scored_tokens(given["input_ids"], given["attention_mask"]).sum()
+        self.statistics.add(outputs, tokens)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self.statistics.summary(self.state, self.model, start_time))
+        super().log(logs, start_time)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The honest figures of the first `evaluation.sequences` validation sequences, as `eval_…`."""
+        sequences = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.evaluation.sequences is not None and self.evaluation.sequences < len(sequences):
+            sequences = Subset(sequences, range(self.evaluation.sequences))
+        figures = evaluate(
+            self.model,
+            sequences,
+            batch_size=self.evaluation.batch_size,
+            iw_samples=self.evaluation.iw_samples,
+            seed=self.args.seed,
+        )
+        metrics = {f"{metric_key_prefix}_{name}": figures[name] for name in _EVALUATION_FIGURES}
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        # a pickle of the arguments that nothing here reads; the recipe says the same in words
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+
+class _Progress(TrainerCallback):
+    """Keeps the model's `training_progress`, which schedules of β and of the inference rate follow."""
+
+    def __init__(self, model: LatentLM):
+        self.model = model
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.model.training_progress.fill_(state.global_step / state.max_steps)
+
+
+class _Statistics:
+    """Sums over the steps between two logs."""
+
+    def __init__(self) -> None:
+        self.tokens_before = 0
+        self.seen_in_all = 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.nll = self.kl = 0.0
+        self.tokens = self.sequences = 0
+        self.means: list[torch.Tensor] = []
+
+    def add(self, outputs: LatentLMOutput, tokens: torch.Tensor) -> None:
+        self.nll += float(outputs["nll"].detach().sum())
+        self.kl += float(outputs["kl"].detach().sum())
+        self.tokens += int(tokens)
+        self.sequences += len(outputs["nll"])
+        self.means.append(outputs["posterior_mean"].detach().float())
+
+    def summary(self, state: TrainerState, model: LatentLM, start_time: float | None) -> dict[str, float]:
+        self.seen_in_all += self.tokens
+        figures = {
+            "elbo_nll_per_token": (self.nll + self.kl) / max(self.tokens, 1),
+            "nll_per_token": self.nll / max(self.tokens, 1),
+            "kl_per_token": self.kl / max(self.tokens, 1),
+            "kl_per_sequence": self.kl / max(self.sequences, 1),
+            "beta": model.beta,
+            "tokens": float(self.seen_in_all),
+        }
+        if start_time is not None:
+            figures["tokens_per_second"] = self.seen_in_all / (time.time() - start_time)
+        if len({tuple(mean.shape[1:]) for mean in self.means}) == 1:
+            means = torch.cat(self.means)
+            prior = model.prior(1, 1)
+            figures["active_units"] = float((means.var(0, correction=0) > 0.01 * prior.variance[0]).sum())
+        self.reset()
+        return figures
