@@ -1,0 +1,11 @@
+"""A small tokenizer that the tests of this folder share."""
+
+import pytest
+
+from latentlm.data import sentences, train_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    texts = [document.text for document in sentences(300)]
+    return train_tokenizer([*texts, "Ünïcödé, Ελληνικά: 日本語 🙂"], 400)
