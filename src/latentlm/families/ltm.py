@@ -33,6 +33,7 @@ class LTMConfig(CausalConfig):
         inference_lr: Adam's rate on (μ, log σ²) at the beginning of training.
         inference_lr_final: the rate at the end of training; linear between (appendix A.2). None keeps it constant.
         inference_lr_decay: rate of an inference's last step as a fraction of its first; linear between, 1 for none.
+        inference_epsilon: Adam's ε on (μ, log σ²), in nats per unit; see `infer_by_gradient`.
         inference_start: where the steps begin. "prior" is (0, 1); "fixed" is μ = 0 with `inference_start_log_variance`;
             "learned" is a parameter for each dimension, trained by the gradient at the final (μ, log σ²).
         inference_start_log_variance: log σ² of the "fixed" start, and what a "learned" start begins from.
@@ -47,6 +48,7 @@ class LTMConfig(CausalConfig):
     inference_lr: float | int = 0.3
     inference_lr_final: float | int | None = 0.34
     inference_lr_decay: float | int = 1.0
+    inference_epsilon: float | int = 1e-8
     inference_start: Literal["prior", "fixed", "learned"] = "prior"
     inference_start_log_variance: float | int = 0.0
 
@@ -116,6 +118,7 @@ class LTM(CausalLatentLM):
             start_log_variance=log_variance,
             steps=self.config.inference_steps,
             learning_rate=self._inference_rate,
+            epsilon=self.config.inference_epsilon,
             seed=seed,
             beta=self.beta if self.training else 1.0,
             nats_free_per_dimension=self.config.free_bits if self.training else 0.0,

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from latentlm.latent_lm import LatentLM
 
 ADAM_BETAS = (0.9, 0.95)  # Kong et al. 2025, appendix A.2, for both rates
-ADAM_EPSILON = 1e-8
 
 
 @contextmanager
@@ -65,6 +64,7 @@ def infer_by_gradient(
     start_log_variance: Float[Tensor, "batch *event"],
     steps: int,
     learning_rate: Callable[[int], float],
+    epsilon: float = 1e-8,
     seed: int = 0,
     beta: float = 1.0,
     nats_free_per_dimension: float = 0.0,
@@ -80,6 +80,9 @@ def infer_by_gradient(
             steps. Otherwise the result is detached from everything.
         steps: number of Adam steps; with 0 the start is the answer.
         learning_rate: rate of step t = 0 … steps − 1.
+        epsilon: Adam's ε, in nats per unit of μ or log σ². The gradient of the KL in μ is μ itself, so with an ε about
+            1 a coordinate about which the text says less than a nat moves in proportion to its gradient; with a tiny ε
+            it moves by the whole rate along its noise and pays KL for nothing.
         seed: noise is a function of (seed, sequence, step).
         beta, nats_free_per_dimension: the objective's KL weight and free bits; the defaults give the ELBO.
     """
@@ -110,7 +113,7 @@ def infer_by_gradient(
             with torch.no_grad():
                 rate = learning_rate(step)
                 for parameter, gradient, moment in zip(parameters, gradients, moments, strict=True):
-                    _ascend(parameter, gradient, moment, step, rate)
+                    _ascend(parameter, gradient, moment, step, rate, epsilon)
     for parameter in parameters:
         parameter.requires_grad_(False)
     if torch.is_grad_enabled() and (start_mean.requires_grad or start_log_variance.requires_grad):
@@ -119,10 +122,12 @@ def infer_by_gradient(
     return diagonal_gaussian(mean, log_variance)
 
 
-def _ascend(parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float) -> None:
+def _ascend(
+    parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float, epsilon: float
+) -> None:
     """One step of Adam (Kingma and Ba 2015, Algorithm 1) uphill, in place. No decay: it would bias q towards (0, 1)."""
     first, second = moments
     first.lerp_(gradient, 1 - ADAM_BETAS[0])
     second.mul_(ADAM_BETAS[1]).addcmul_(gradient, gradient, value=1 - ADAM_BETAS[1])
-    denominator = (second / (1 - ADAM_BETAS[1] ** (step + 1))).sqrt_().add_(ADAM_EPSILON)
+    denominator = (second / (1 - ADAM_BETAS[1] ** (step + 1))).sqrt_().add_(epsilon)
     parameter.addcdiv_(first, denominator, value=rate / (1 - ADAM_BETAS[0] ** (step + 1)))

@@ -198,6 +198,8 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
             owner = "comes from the tokenizer" if key == "vocab_size" else "is no field of the family"
             raise InputError(f"{places[('model', key)]}: model.{key} {owner}{_hint(key, config_fields)}.")
     _check_training(document["training"], places)
+    if data.streaming and document["training"].get("max_steps", -1) < 1:
+        raise InputError(f"{places[('training',)]}: streamed text has no known length: give training.max_steps.")
     recipe = Recipe(family, model, data, dict(document["training"]), evaluation, document)
     with _located("model", model, places):
         recipe.model_config(vocab_size=1)

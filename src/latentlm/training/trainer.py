@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from latentlm.data import StreamedBlocks
 from latentlm.evaluation.likelihood import evaluate
 from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.training.recipe import EvaluationRecipe
@@ -38,7 +39,18 @@ class LatentTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.evaluation = evaluation or EvaluationRecipe()
         self.statistics = _Statistics()
-        self.add_callback(_Progress(self.model))
+        self.add_callback(_Progress(self.model, self.train_dataset))
+
+    def get_train_dataloader(self) -> DataLoader:
+        if not isinstance(self.train_dataset, StreamedBlocks):
+            return super().get_train_dataloader()
+        # it shards itself over processes; accelerate would shard what is left once more
+        return DataLoader(
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+        )
 
     def compute_loss(
         self,
@@ -85,12 +97,16 @@ class LatentTrainer(Trainer):
 
 
 class _Progress(TrainerCallback):
-    """Keeps the model's `training_progress`, which schedules of β and of the inference rate follow."""
+    """Keeps the model's `training_progress`, which β and the inference rate follow, and a streamed order's epoch."""
 
-    def __init__(self, model: LatentLM):
-        self.model = model
+    def __init__(self, model: LatentLM, train_dataset: Any):
+        self.model, self.train_dataset = model, train_dataset
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if isinstance(self.train_dataset, StreamedBlocks):
+            self.train_dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.model.training_progress.fill_(state.global_step / state.max_steps)
 
 
