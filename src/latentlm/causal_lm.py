@@ -13,7 +13,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
 from latentlm.latent_lm import LatentLM, LatentLMConfig, LatentLMOutput
-from latentlm.layers import self_cache
+from latentlm.layers import self_cache, token_log_likelihood
 
 
 @strict
@@ -130,11 +130,9 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         condition: Any = None,
     ) -> Float[Tensor, "*samples batch scored"]:
         states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
-        nll = nn.functional.cross_entropy(
-            self.lm_head(states).float().flatten(0, 1), targets.flatten(), reduction="none"
-        )
+        log_likelihood = token_log_likelihood(states.flatten(0, 1), self.lm_head.weight, targets.flatten())
         scored = self.scored_tokens(input_ids, attention_mask)
-        return (-nll).view(*samples, *scored.shape).masked_fill(~scored, 0.0)
+        return log_likelihood.view(*samples, *scored.shape).masked_fill(~scored, 0.0)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -241,12 +240,12 @@ def main() -> None:
     try:
         # click's standalone mode would end the process itself and print a usage block for every mistake
         status = app(standalone_mode=False)
-    except click.ClickException as error:
+    except typer.exceptions.TyperException as error:
         sys.exit(_complain(error.format_message(), debug))
     except (InputError, OSError) as error:
         message = str(error) if isinstance(error, InputError) else f"{error.filename or 'a file'}: {error.strerror}."
         sys.exit(_complain(message, debug))
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
 

@@ -115,6 +115,8 @@ class LatentLM(PreTrainedModel):
     config: LatentLMConfig
     config_class = LatentLMConfig
     base_model_prefix = "model"
+    #: tells the Trainer that `forward` divides by the `num_items_in_batch` of the whole accumulated batch
+    accepts_loss_kwargs = True
     #: whether `log_likelihood` is log p(x) itself, so that no bound is needed
     exact = False
     #: number of event dimensions of a latent

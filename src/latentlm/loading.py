@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import AutoModel, PreTrainedTokenizerBase
@@ -13,6 +15,18 @@ from latentlm.data import load_tokenizer
 from latentlm.errors import InputError
 from latentlm.families import FAMILIES
 from latentlm.latent_lm import LatentLM
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without transformers' bars for reading and writing weights, which take no time here and break our own lines."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
@@ -25,18 +39,14 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     folder = Path(path)
     if folder.exists() or str(path).startswith((".", "/", "~")):
         _check_folder(folder)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModel.from_pretrained(path, output_loading_info=True)
+        with no_progress_bars():
+            model, info = AutoModel.from_pretrained(path, output_loading_info=True)
     except InputError:
         raise
     except Exception as error:  # every kind of damage raises its own kind of exception
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"{path} cannot be loaded as a model: {reason}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
     if not isinstance(model, LatentLM):
         raise InputError(f"{path} holds a {type(model).__name__}, which is no family of latentlm.")
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -55,11 +65,10 @@ def save(model: LatentLM, tokenizer: PreTrainedTokenizerBase, path: str | Path) 
     """Writes model and tokenizer to a folder: a new one appears whole, in an old one each file is replaced whole."""
     folder = Path(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        model.save_pretrained(staging)
+        with no_progress_bars():
+            model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         if folder.exists():
             for file in staging.iterdir():
@@ -69,8 +78,6 @@ def save(model: LatentLM, tokenizer: PreTrainedTokenizerBase, path: str | Path) 
             staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:

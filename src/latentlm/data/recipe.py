@@ -23,7 +23,7 @@ _TOKENIZER_DOCUMENTS = 50_000
 
 
 @strict
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class DataRecipe:
     """What is read and how it becomes sequences.
 

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(size, size, bias=False)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+        return x.unflatten(-1, (self.config.num_attention_heads, self.head_size)).transpose(1, 2)
 
     def self_attention(
         self, x: Float[Tensor, "batch time hidden"], positions: Rotation, mask: Tensor | None, cache: Cache | None
@@ -100,7 +100,7 @@ class Attention(nn.Module):
             dropout=self.config.dropout if self.training else 0.0,
             scaling=self.head_size**-0.5,
             sliding_window=self.sliding_window,
-            is_causal=self.is_causal and mask is None and query.shape[2] > 1,
+            is_causal=self.is_causal,
         )
         return self.output(attended_BTHD.flatten(2))
 

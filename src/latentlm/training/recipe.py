@@ -56,7 +56,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
 
 
 @strict
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EvaluationRecipe:
     """What is measured on the validation data while training.
 
@@ -104,15 +104,15 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 4e-4 as a string; people who train models write it as a number."""
+    """YAML 1.1 reads 4e-4 as a string and no as false; people who train models mean a number and a word."""
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not (tag.endswith(":bool") and first not in "tTfF")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)$|^[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
 

@@ -15,7 +15,7 @@ from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus
 from latentlm.errors import InputError
 from latentlm.files import write_whole
 from latentlm.latent_lm import LatentLM
-from latentlm.loading import save
+from latentlm.loading import no_progress_bars, save
 from latentlm.training.recipe import Recipe
 from latentlm.training.trainer import LatentTrainer
 
@@ -77,7 +77,8 @@ def train(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with no_progress_bars():
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.is_world_process_zero():
         save(model, corpus.tokenizer, output)
         write_whole(output / HISTORY_FILE, json.dumps(trainer.state.log_history, indent=1))
