@@ -19,9 +19,9 @@ def token_log_likelihood(
 ) -> Float[Tensor, " tokens"]:
     """log softmax(states weightᵀ) at the targets, in nats, float32 (float64 for float64 states).
 
-    Equal to `-cross_entropy(linear(states, weight), targets, reduction="none")`, but works on a part of the tokens at a
-    time. Where only the states need a gradient (gradient inference), ∂ log p / ∂ state = weight[target] − E_p[weight] is
-    made with the value and nothing is computed twice; where the weight needs one, the logits are computed again for it.
+    Equal to `-cross_entropy(linear(states, weight), targets, reduction="none")`, but works on a part of the tokens at
+    a time. Where only the states need a gradient (gradient inference), ∂ log p / ∂ state = weight[target] − E_p[weight]
+    is made with the value and nothing is computed twice; where the weight needs one, logits are computed again for it.
     """
     if torch.is_autocast_enabled(states.device.type):
         dtype = torch.get_autocast_dtype(states.device.type)

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-Rotation = tuple[Float[Tensor, "rows time width"], Float[Tensor, "rows time width"]]
+Rotation = tuple[Float[Tensor, "_rows _time width"], Float[Tensor, "_rows _time width"]]
 
 
 def rotation(positions: Tensor, width: int, theta: float) -> Rotation:
