@@ -3,6 +3,7 @@
 from latentlm.errors import InputError
 from latentlm.families import LTM, Autoregressive, AutoregressiveConfig, LTMConfig
 from latentlm.latent_lm import LatentLM, LatentLMConfig, LatentLMOutput
+from latentlm.loading import load, save
 
 __version__ = "0.1.0"
 
@@ -15,4 +16,6 @@ __all__ = [
     "LatentLM",
     "LatentLMConfig",
     "LatentLMOutput",
+    "load",
+    "save",
 ]

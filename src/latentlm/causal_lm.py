@@ -7,7 +7,7 @@ from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from latentlm.distributions import Stream, sequence_keys
@@ -167,7 +167,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
     def generate(
         self,
         input_ids: Int64[Tensor, "batch time"] | None = None,
-        latents: Float[Tensor, "batch *event"] | None = None,
+        latents: Float[Tensor, "rows *event"] | None = None,
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
         *,
@@ -200,9 +200,10 @@ class CausalLatentLM(LatentLM, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = _padded_left(input_ids, attention_mask)
         longest = self.config.max_position_embeddings
-        if input_ids.shape[1] - 1 + max_new_tokens > longest:
+        prompt_length = int(attention_mask.sum(1).max()) - 1
+        if prompt_length + max_new_tokens > longest:
             raise InputError(
-                f"a prompt of {input_ids.shape[1] - 1} tokens and {max_new_tokens} new ones exceed the model's context "
+                f"a prompt of {prompt_length} tokens and {max_new_tokens} new ones exceed the model's context "
                 f"of {longest}: shorten the prompt or ask for fewer."
             )
         with torch.random.fork_rng(enabled=seed is not None):
@@ -244,8 +245,9 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         """`draws` latents for each prompt, rows of one prompt together."""
         noise_seed = int(torch.randint(2**62, ())) if seed is None else seed
         lengths = self.scored_tokens(input_ids, attention_mask).sum(1)
-        # the row is part of the key: two equal prompts in one call want two different texts
-        keys = sequence_keys(input_ids, attention_mask) + torch.arange(len(input_ids), device=input_ids.device)
+        keys = sequence_keys(input_ids, attention_mask)
+        # equal prompts in one call want different texts: the n-th of them has the n-th noise
+        keys = keys + (keys[:, None] == keys[None]).tril(-1).sum(1)
         prior = self.prior(len(input_ids), lengths + max_new_tokens, condition)
         latents = self.draw_latents(prior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
         prompted = lengths > 0
@@ -276,9 +278,16 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         )
 
 
+def token_cache(config: CausalConfig) -> DynamicCache:
+    """A cache of the tokens that the window still sees."""
+    # transformers' sliding layer keeps the last window − 1 tokens by a slice that means all of them for a window of 1;
+    # a full cache and the mask give the same attention
+    return DynamicCache() if config.sliding_window == 1 else DynamicCache(config=config)
+
+
 def _padded_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Rows shifted so that padding is on the left, where generation continues them; order within a row is kept."""
-    if bool(attention_mask[:, -1].all()):
+    if bool(attention_mask.all()):
         return input_ids, attention_mask
     order = attention_mask.argsort(dim=1, stable=True)
     input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)

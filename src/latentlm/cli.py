@@ -22,9 +22,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _json_file(path: Path | None) -> Path | None:
+    """Refuses a place that cannot be written before the work, not after it."""
+    from latentlm.files import check_writable
+
+    if path is not None:
+        check_writable(path)
+    return path
+
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE, too.", callback=_json_file)
+]
 Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved model.", metavar="MODEL")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE, too.")]
 Column = Annotated[str | None, typer.Option(help="Text column of a table: its name, or its number from 1.")]
 SampleBy = Annotated[str | None, typer.Option(help="What of a text file is one document: line, paragraph or document.")]
 Limit = Annotated[int | None, typer.Option(help="Read only so many documents.")]
@@ -93,7 +105,7 @@ def train(
     last: dict[str, Any] = next((entry for entry in reversed(result[2]) if "eval_elbo_nll_per_token" in entry), {})
     for name, value in last.items():
         console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
-    console.print(f"saved in {folder}; score all its validation data with: latentlm evaluate {folder}", highlight=False)
+    console.print(f"saved in {folder}; score all its validation data with: latentlm evaluate {folder}", highlight=False, soft_wrap=True)
     _write_json(json_file, last)
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from latentlm.data import length_buckets, text_batch
 from latentlm.errors import InputError
-from latentlm.files import whole_file
+from latentlm.files import check_writable, whole_file
 from latentlm.latent_lm import LatentLM
 
 
@@ -49,7 +49,7 @@ class Encoding:
 
 def check_latents_path(path: str | Path) -> Path:
     """The path, if latents can be written under its name; asked before the work, too."""
-    path = Path(path)
+    path = check_writable(path)
     if path.suffix not in (".npz", ".parquet"):
         raise InputError(f"{path}: latents are written as .npz or .parquet.")
     return path

@@ -1,6 +1,6 @@
 """Text and what becomes of it: corpora, tokenizers, blocks, sentences, batches."""
 
-from latentlm.data.builtin import FACTORS, GRAMMAR_SIZE, python_docs, render, sentences
+from latentlm.data.builtin import FACTORS, GRAMMAR_SIZE, python_docs, render, sentences, stories
 from latentlm.data.corpora import Document, read_documents
 from latentlm.data.datasets import (
     Blocks,
@@ -32,6 +32,7 @@ __all__ = [
     "render",
     "sentences",
     "split_documents",
+    "stories",
     "text_batch",
     "token_bytes",
     "train_tokenizer",

@@ -32,6 +32,10 @@ def sample_from_noise(
 
 @sample_from_noise.register
 def _(distribution: Independent, noise: Tensor) -> Tensor:
+    if not isinstance(distribution.base_dist, Normal):
+        raise TypeError(
+            f"no transform from noise to independent {type(distribution.base_dist).__name__}s is registered"
+        )
     return distribution.base_dist.loc + distribution.base_dist.scale * noise
 
 

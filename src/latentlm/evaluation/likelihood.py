@@ -184,7 +184,7 @@ class LatentStatistics:
         }
 
 
-def mutual_information(posteriors: Sequence[Distribution], latents: Sequence[Float[Tensor, "batch *event"]]) -> float:
+def mutual_information(posteriors: Sequence[Distribution], latents: Sequence[Float[Tensor, "_ *event"]]) -> float:
     """I(x; z) in nats between N texts, each equally likely, and a latent drawn from its posterior.
 
     I = (1/N) Σ_i [log q(z_i | x_i) − log (1/N) Σ_j q(z_i | x_j)], z_i ~ q(z | x_i) (Hoffman and Johnson 2016; the

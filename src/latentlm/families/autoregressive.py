@@ -10,9 +10,9 @@ from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.distributions import Independent
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 
-from latentlm.causal_lm import CausalConfig, CausalLatentLM
+from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
 from latentlm.distributions import standard_normal
 from latentlm.layers import DecoderBlock, rotation
 
@@ -72,4 +72,4 @@ class Autoregressive(CausalLatentLM):
         return self.norm(x)
 
     def new_cache(self) -> Cache:
-        return DynamicCache(config=self.config)
+        return token_cache(self.config)

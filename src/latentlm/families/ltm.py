@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from latentlm.causal_lm import CausalConfig, CausalLatentLM
+from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
 from latentlm.distributions import standard_normal
 from latentlm.inference import infer_by_gradient
 from latentlm.layers import DecoderBlock, rotation
@@ -144,7 +144,7 @@ class LTM(CausalLatentLM):
         return self.norm(x)
 
     def new_cache(self) -> Cache:
-        return EncoderDecoderCache(DynamicCache(config=self.config), DynamicCache())
+        return EncoderDecoderCache(token_cache(self.config), DynamicCache())
 
     def _latent_positions(self, device: torch.device) -> Float[Tensor, "1 latents"]:
         """Evenly spaced over the context, whatever this text's length: a prefix sees what the whole text saw."""

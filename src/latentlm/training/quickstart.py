@@ -68,11 +68,12 @@ def quickstart(output: Path, *, data: str | None = None, seed: int = 0, console:
     curves(histories, output / "curves.png")
     source = data or recipes["ltm"].data.source
     console.print(table(figures, f"{source}, {figures['ltm']['sequences']:,} validation sequences, seed {seed}"))
-    console.print(samples, markup=False, highlight=False)
+    console.print(samples, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{time.perf_counter() - started:.0f} s in all; left in {output}: ltm/ and autoregressive/ (latentlm.load, "
         "AutoModel.from_pretrained), figures.json, curves.png, samples.txt",
         highlight=False,
+        soft_wrap=True,
     )
     return Quickstart(figures, samples, output / "curves.png")
 

@@ -94,8 +94,14 @@ class Recipe:
         return self.family.config_class(**{**defaults, **self.model, **from_tokenizer})
 
     def training_arguments(self, output_dir: Path) -> TrainingArguments:
+        given = {**_TRAINING_DEFAULTS, **self.training}
+        if "lr_scheduler_type" in self.training and "lr_scheduler_kwargs" not in self.training:
+            del given["lr_scheduler_kwargs"]  # they belong to the default schedule
+        if given.get("load_best_model_at_end") or given.get("metric_for_best_model"):
+            # transformers takes a larger figure for a better one unless its name ends in loss
+            given = {"metric_for_best_model": "elbo_nll_per_token", "greater_is_better": False, **given}
         return TrainingArguments(
-            **{**_TRAINING_DEFAULTS, **self.training},
+            **given,
             output_dir=str(output_dir),
             remove_unused_columns=False,
             disable_tqdm=True,
@@ -135,6 +141,9 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         node = yaml.compose(text, _Loader)
         document = yaml.load(text, _Loader)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InputError(f"{name}, line {line}: not valid YAML: a character that it does not allow.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
@@ -150,13 +159,21 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
 def _places(node: yaml.Node, name: str) -> dict[tuple[str, ...], str]:
     """Where each key stands: ("model",) and ("model", "hidden_size") → "file, line n"."""
     places: dict[tuple[str, ...], str] = {}
+
+    def note(key: yaml.Node, *section: str) -> tuple[str, ...]:
+        where, path = f"{name}, line {key.start_mark.line + 1}", (*section, str(key.value))
+        if key.tag != "tag:yaml.org,2002:str":
+            raise InputError(f"{where}: unknown key {key.value!r}.")
+        if path in places:
+            raise InputError(f"{where}: {'.'.join(path)} is given twice.")
+        places[path] = where
+        return path
+
     for key, value in getattr(node, "value", []):
-        places[(str(key.value),)] = f"{name}, line {key.start_mark.line + 1}"
+        section = note(key)
         if isinstance(value, yaml.MappingNode):
             for inner, _ in value.value:
-                if (path := (str(key.value), str(inner.value))) in places:
-                    raise InputError(f"{name}, line {inner.start_mark.line + 1}: {'.'.join(path)} is given twice.")
-                places[path] = f"{name}, line {inner.start_mark.line + 1}"
+                note(inner, *section)
     return places
 
 

@@ -63,7 +63,7 @@ class LatentTrainer(Trainer):
         given["seed"] = (self.args.seed << 32) + self.state.global_step
         loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         tokens = self.model.scored_tokens(given["input_ids"], given["attention_mask"]).sum()
-        self.statistics.add(outputs, tokens)
+        self.statistics.add(outputs, tokens, self.model.beta)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -119,11 +119,12 @@ class _Statistics:
         self.reset()
 
     def reset(self) -> None:
-        self.nll = self.kl = 0.0
+        self.nll = self.kl = self.beta = 0.0
         self.tokens = self.sequences = 0
         self.means: list[torch.Tensor] = []
 
-    def add(self, outputs: LatentLMOutput, tokens: torch.Tensor) -> None:
+    def add(self, outputs: LatentLMOutput, tokens: torch.Tensor, beta: float) -> None:
+        self.beta = beta
         self.nll += float(outputs["nll"].detach().sum())
         self.kl += float(outputs["kl"].detach().sum())
         self.tokens += int(tokens)
@@ -137,7 +138,7 @@ class _Statistics:
             "nll_per_token": self.nll / max(self.tokens, 1),
             "kl_per_token": self.kl / max(self.tokens, 1),
             "kl_per_sequence": self.kl / max(self.sequences, 1),
-            "beta": model.beta,
+            "beta": self.beta,
             "tokens": float(self.seen_in_all),
         }
         if start_time is not None:
