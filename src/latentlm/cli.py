@@ -105,7 +105,11 @@ def train(
     last: dict[str, Any] = next((entry for entry in reversed(result[2]) if "eval_elbo_nll_per_token" in entry), {})
     for name, value in last.items():
         console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
-    console.print(f"saved in {folder}; score all its validation data with: latentlm evaluate {folder}", highlight=False, soft_wrap=True)
+    console.print(
+        f"saved in {folder}; score all its validation data with: latentlm evaluate {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
     _write_json(json_file, last)
 
 

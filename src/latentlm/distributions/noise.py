@@ -66,6 +66,8 @@ def sequence_keys(
     return _mix((token_hash * real).sum(1) + real.sum(1))
 
 
+# a compiler would take the seed, which changes at every step, for a symbol and fail on its 64-bit arithmetic
+@torch.compiler.disable
 def sequence_noise(
     keys: Int64[Tensor, " batch"], event_shape: tuple[int, ...], *, seed: int, stream: Stream, step: int = 0
 ) -> Float[Tensor, "batch *event"]:

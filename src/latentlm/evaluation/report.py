@@ -68,10 +68,18 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -
     for index, (name, history) in enumerate(histories.items()):
         colour = f"C{index}"
         nll.plot(*_series(history, "elbo_nll_per_token"), color=colour, alpha=0.35, linewidth=1)
-        nll.plot(*_series(history, "eval_elbo_nll_per_token"), color=colour, marker="o", markersize=3, label=name)
-        if any(entry.get("kl_per_sequence") for entry in history):
+        nll.plot(
+            *_series(history, "eval_elbo_nll_per_token"),
+            color=colour,
+            marker="o",
+            markersize=3,
+            label=f"{name}, {_kind(history)}",
+        )
+        if _kind(history) == "ELBO":
             prior = _series(history, "eval_prior_nll_per_token")
             nll.plot(*prior, color=colour, linestyle=":", label=f"{name}, z from the prior")
+            bound = _series(history, "eval_iw_nll_per_token")
+            nll.plot(*bound, color=colour, linestyle="--", label=f"{name}, importance-weighted")
             kl.plot(
                 *_series(history, "eval_kl_per_sequence"), color=colour, marker="o", markersize=3, label=f"{name}: KL"
             )
@@ -79,19 +87,23 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -
                 *_series(history, "eval_active_units"), color="C3", linestyle="--", label=f"{name}: active units"
             )
     nll.set(xlabel="step", ylabel="nats per token", title="NLL: validation (dots), training (faint)")
-    low = min(min(_series(history, "elbo_nll_per_token")[1], default=0.0) for history in histories.values())
-    last = max(
-        _series(history, "eval_elbo_nll_per_token")[1][0] if _series(history, "eval_elbo_nll_per_token")[1] else low + 1
-        for history in histories.values()
-    )
-    nll.set_ylim(low - 0.1 * (last - low), low + 2.0 * (last - low))
+    validation = [_series(history, "eval_elbo_nll_per_token")[1] for history in histories.values()]
+    if all(validation):  # the first steps would flatten everything that matters
+        low, high = min(map(min, validation)), max(map(max, validation))
+        nll.set_ylim(low - 0.2 * (high - low), high + 0.5 * (high - low))
     nll.legend(frameon=False)
     kl.set(xlabel="step", ylabel="KL, nats per sequence", title="What z carries (validation)")
-    units.set_ylabel("active units")
+    kl.set_ylim(bottom=0)
+    units.set(ylabel="active units")
+    units.set_ylim(bottom=0)
     lines = [line for axis in (kl, units) for line in axis.get_lines()]
     if lines:
-        kl.legend(lines, [line.get_label() for line in lines], frameon=False, loc="lower right")
+        kl.legend(lines, [line.get_label() for line in lines], frameon=False, loc="lower center")
     figure.savefig(path, dpi=120)
+
+
+def _kind(history: Sequence[Mapping[str, float]]) -> str:
+    return "ELBO" if any(entry.get("kl_per_sequence") for entry in history) else "exact"
 
 
 def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:

@@ -64,7 +64,9 @@ class ProgressLine(TrainerCallback):
         tenth = 10 * state.global_step // max(state.max_steps, 1)
         if not self.console.is_terminal and tenth > self.tenth:
             self.tenth = tenth
-            self.console.print(f"{self.name}: step {state.global_step} of {state.max_steps}; {self.figures}", soft_wrap=True)
+            self.console.print(
+                f"{self.name}: step {state.global_step} of {state.max_steps}; {self.figures}", soft_wrap=True
+            )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
