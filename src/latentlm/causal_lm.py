@@ -110,6 +110,9 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         if attention_mask is not None:
             attention_mask = attention_mask.repeat(repeats, 1)[:, :-1]
         input_ids = input_ids.repeat(repeats, 1)
+        if input_ids.shape[1] == 1:  # BOS alone: nothing to score, and attention refuses a text of length 0
+            nothing = latents.flatten(1).sum(1)[:, None, None].expand(-1, -1, self.config.hidden_size)[:, :0]
+            return nothing.to(self.dtype), input_ids[:, 1:], samples
         return self.hidden_states(latents, input_ids[:, :-1], attention_mask), input_ids[:, 1:], samples
 
     def decode(
@@ -129,6 +132,8 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
     ) -> Float[Tensor, "*samples batch scored"]:
+        if type(self.lm_head) is not nn.Linear:  # an adapter does more than its weight says
+            return super().log_likelihood(latents, input_ids, attention_mask, condition)
         states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
         log_likelihood = token_log_likelihood(states.flatten(0, 1), self.lm_head.weight, targets.flatten())
         scored = self.scored_tokens(input_ids, attention_mask)
@@ -208,7 +213,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
             )
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
-                torch.manual_seed(seed)
+                torch.manual_seed(seed % 2**63)
             beams = kwargs.get("num_beams") or 1
             if latents is None:
                 draws = num_return_sequences if beams == 1 else 1

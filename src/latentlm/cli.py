@@ -41,14 +41,19 @@ Column = Annotated[str | None, typer.Option(help="Text column of a table: its na
 SampleBy = Annotated[str | None, typer.Option(help="What of a text file is one document: line, paragraph or document.")]
 Limit = Annotated[int | None, typer.Option(help="Read only so many documents.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; changes speed and memory, no figure.")]
+# at the quickstart's sizes more threads only wait for one another
+_QUICKSTART_THREADS = 2
 _DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
 ) -> None:
+    if threads is None and context.invoked_subcommand == "quickstart":
+        threads = min(_QUICKSTART_THREADS, os.cpu_count() or 1)
     if threads is not None:
         import torch
 

@@ -228,7 +228,7 @@ class LatentLM(PreTrainedModel):
             beta = self.beta
             if self.config.free_bits:
                 charge = free_bits(kl_per_dimension(posterior, prior), self.config.free_bits)
-        denominator = scored.sum() if num_items_in_batch is None else num_items_in_batch
+        denominator = scored.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return LatentLMOutput(
             loss=-elbo(log_likelihood, charge, beta).sum() / denominator,
             nll=-log_likelihood,
@@ -250,8 +250,8 @@ class LatentLM(PreTrainedModel):
         )
 
     def check_latents(self, latents: Tensor, event_shape: tuple[int, ...]) -> None:
-        """Raises InputError unless latents are finite and end in the model's event shape."""
-        if tuple(latents.shape[latents.dim() - len(event_shape) :]) != tuple(event_shape):
+        """Raises InputError unless latents are [batch, *event] and finite."""
+        if tuple(latents.shape[1:]) != tuple(event_shape):
             raise InputError(
                 f"latents of shape {list(latents.shape)} do not fit this model: "
                 f"give [batch, {', '.join(map(str, event_shape))}]."

@@ -7,8 +7,8 @@ import re
 
 import pytest
 
-from latentlm.data import FACTORS, GRAMMAR_SIZE, python_docs, render, sentences
-from latentlm.data.builtin import _PAST, SHARED_ACTIONS, TIMES, TOPICS, _unwrap
+from latentlm.data import FACTORS, GRAMMAR_SIZE, python_docs, render, sentences, stories
+from latentlm.data.builtin import _PAST, SHARED_ACTIONS, STORY_FACTORS, TIMES, TOPICS, _unwrap
 from latentlm.errors import InputError
 
 IRREGULAR = {"fishermen": "fisherman", "ploughmen": "ploughman", "midwives": "midwife"}
@@ -184,3 +184,27 @@ def test_unwrap_joins_prose_and_keeps_code():
     assert _unwrap(item) == item.replace("\n ", "")
     heading = "A title that is nearly as long as a line of text\n" + "*" * 48
     assert _unwrap(heading) == heading
+
+
+def test_stories_keep_their_factors_through_three_sentences():
+    documents = list(stories(300, seed=3))
+    assert len({document.text for document in documents}) == 300
+    for document in documents:
+        lines = document.text.split(" . ")
+        assert len(lines) == 3
+        factors = document.factors
+        assert factors is not None and set(factors) == set(STORY_FACTORS)
+        for line in lines:
+            assert f"the {factors['adjective']} " in line
+            assert factors["manner"] in line and factors["place"] in line
+            assert (" will " in line) == (factors["tense"] == "future")
+
+
+def test_stories_repeat_with_their_seed():
+    assert [d.text for d in stories(20, seed=1)] == [d.text for d in stories(40, seed=1)][:20]
+    assert [d.text for d in stories(20, seed=1)] != [d.text for d in stories(20, seed=2)]
+
+
+def test_stories_refuse_an_impossible_count():
+    with pytest.raises(InputError, match="count=0"):
+        stories(0)

@@ -155,13 +155,17 @@ class StreamedBlocks(IterableDataset[Item]):
         self._epoch.fill_(epoch)
 
     def __iter__(self) -> Iterator[Item]:
+        return self.blocks_of(int(self._epoch))
+
+    def blocks_of(self, epoch: int) -> Iterator[Item]:
+        """This process' blocks in one epoch's order."""
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         own = self._own_blocks(rank, ranks, worker, workers)
         if self.shuffle_buffer:
-            own = _shuffled(own, self.shuffle_buffer, f"{self.seed} {int(self._epoch)} {rank} {worker}")
+            own = _shuffled(own, self.shuffle_buffer, f"{self.seed} {epoch} {rank} {worker}")
         return own
 
     def _own_blocks(self, rank: int, ranks: int, worker: int, workers: int) -> Iterator[Item]:

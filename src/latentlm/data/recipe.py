@@ -7,6 +7,7 @@ from typing import Literal
 
 import yaml
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -132,7 +133,7 @@ def saved_data_recipe(folder: str | Path) -> DataRecipe | None:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
         known = {f.name for f in fields(DataRecipe)}
         return DataRecipe(**{key: value for key, value in content.items() if key in known})
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError, StrictDataclassError) as error:
         raise InputError(f"{path} is no recipe that can be read: delete it, or give --data.") from error
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.utils.data import Dataset
@@ -72,6 +72,7 @@ def evaluate(
             input_ids = batch["input_ids"].to(model.device)
             attention_mask = batch["attention_mask"].to(model.device)
             figures = score(model, input_ids, attention_mask, samples=samples, seed=seed, statistics=statistics)
+            statistics.choose([index < MUTUAL_INFORMATION_SEQUENCES for index in indices])
             for name in totals:
                 totals[name] += float(figures[name].double().sum())
             tokens += int(model.scored_tokens(input_ids, attention_mask).sum())
@@ -96,8 +97,8 @@ def evaluate(
         "kl_per_token": per_token["kl"],
         "kl_per_sequence": totals["kl"] / len(lengths),
         "prior_nll_per_token": per_token["prior"],
-        "elbo_perplexity": math.exp(per_token["elbo"]),
-        "iw_perplexity": math.exp(per_token["iw"]),
+        "elbo_perplexity": _perplexity(per_token["elbo"]),
+        "iw_perplexity": _perplexity(per_token["iw"]),
         "elbo_bits_per_byte": totals["elbo"] / math.log(2) / num_bytes,
         "iw_bits_per_byte": totals["iw"] / math.log(2) / num_bytes,
         **statistics.summary(),
@@ -105,6 +106,13 @@ def evaluate(
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
     }
+
+
+def _perplexity(nll_per_token: float) -> float:
+    try:
+        return math.exp(nll_per_token)
+    except OverflowError:  # a diverged model
+        return math.inf
 
 
 def score(
@@ -153,8 +161,7 @@ class LatentStatistics:
         self.count = 0
         self.comparable = True
         self.sum = self.sum_of_squares = self.prior_variance = torch.zeros(0)
-        self.kept: list[tuple[Distribution, Tensor]] = []
-        self.kept_sequences = 0
+        self.kept: list[tuple[Distribution, Tensor, Tensor]] = []
 
     def add(self, posterior: Distribution, prior: Distribution, latents: Float[Tensor, "batch *event"]) -> None:
         mean = posterior.mean.double()
@@ -167,9 +174,14 @@ class LatentStatistics:
         self.count += len(mean)
         self.sum = self.sum + mean.sum(0)
         self.sum_of_squares = self.sum_of_squares + mean.square().sum(0)
-        if self.kept_sequences < MUTUAL_INFORMATION_SEQUENCES:
-            self.kept.append((posterior, latents))
-            self.kept_sequences += len(mean)
+        self.kept.append((posterior, latents, torch.ones(len(mean), dtype=torch.bool)))
+
+    def choose(self, rows: Sequence[bool]) -> None:
+        """Of the batch added last, only these rows enter the mutual information, which costs their number squared."""
+        if self.comparable and self.kept:
+            posterior, latents, _ = self.kept.pop()
+            if any(rows):
+                self.kept.append((posterior, latents, torch.tensor(rows)))
 
     def summary(self) -> dict[str, Any]:
         if not self.count or not self.comparable:
@@ -179,22 +191,34 @@ class LatentStatistics:
         return {
             "active_units": int((variance > 0.01 * self.prior_variance).sum()),
             "latent_units": variance.numel(),
-            "mutual_information": mutual_information([q for q, _ in self.kept], [z for _, z in self.kept]),
-            "mutual_information_sequences": self.kept_sequences,
+            "mutual_information": mutual_information(*zip(*self.kept, strict=True)),
+            "mutual_information_sequences": int(sum(rows.sum() for _, _, rows in self.kept)),
         }
 
 
-def mutual_information(posteriors: Sequence[Distribution], latents: Sequence[Float[Tensor, "_ *event"]]) -> float:
+def mutual_information(
+    posteriors: Sequence[Distribution],
+    latents: Sequence[Float[Tensor, "_ *event"]],
+    rows: Sequence[Bool[Tensor, " _"]] | None = None,
+) -> float:
     """I(x; z) in nats between N texts, each equally likely, and a latent drawn from its posterior.
 
     I = (1/N) Σ_i [log q(z_i | x_i) − log (1/N) Σ_j q(z_i | x_j)], z_i ~ q(z | x_i) (Hoffman and Johnson 2016; the
     estimate of Dieng et al. 2019, over N texts rather than per batch). It cannot exceed ln N.
+
+    Args:
+        posteriors, latents: batches of q(z | x) and of one z from each.
+        rows: which rows of each batch are among the N texts; by default all.
     """
-    number = sum(len(z) for z in latents)
+    if rows is None:
+        rows = [torch.ones(len(z), dtype=torch.bool) for z in latents]
+    number = int(sum(chosen.sum() for chosen in rows))
     total = 0.0
-    for posterior, z in zip(posteriors, latents, strict=True):
-        total += float(posterior.log_prob(z).double().sum())
-        for row in z:
-            densities = torch.cat([other.log_prob(row) for other in posteriors]).double()
+    for posterior, z, chosen in zip(posteriors, latents, rows, strict=True):
+        total += float(posterior.log_prob(z)[chosen].double().sum())
+        for one in z[chosen]:
+            densities = torch.cat(
+                [other.log_prob(one)[among] for other, among in zip(posteriors, rows, strict=True)]
+            ).double()
             total -= float(densities.logsumexp(0)) - math.log(number)
     return total / number

@@ -56,7 +56,7 @@ _ROWS: Sequence[tuple[str, Any]] = (
 )
 
 
-def curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: Path) -> None:
+def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """A PNG of training: NLL per token of every model, and the KL and active units of those with a latent."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -106,6 +106,6 @@ def _kind(history: Sequence[Mapping[str, float]]) -> str:
     return "ELBO" if any(entry.get("kl_per_sequence") for entry in history) else "exact"
 
 
-def _series(history: Sequence[Mapping[str, float]], key: str) -> tuple[list[float], list[float]]:
+def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], list[int | float]]:
     pairs = [(entry["step"], entry[key]) for entry in history if key in entry]
     return [step for step, _ in pairs], [value for _, value in pairs]

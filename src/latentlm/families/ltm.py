@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
 from latentlm.distributions import standard_normal
+from latentlm.errors import InputError
 from latentlm.inference import infer_by_gradient
 from latentlm.layers import DecoderBlock, rotation
 from latentlm.schedules import linear
@@ -132,6 +133,10 @@ class LTM(CausalLatentLM):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
+        if tuple(latents.shape[1:]) != self.latent_shape:
+            raise InputError(
+                f"latents [batch, …] of shape {list(latents.shape)} must end in {list(self.latent_shape)}."
+            )
         x = self.embed_tokens(input_ids)
         mask = self._mask(x, attention_mask, past_key_values)
         if position_ids is None:

@@ -52,7 +52,7 @@ def quickstart(output: Path, *, data: str | None = None, seed: int = 0, console:
     for name, recipe in recipes.items():
         begun = time.perf_counter()
         _, _, history = train(
-            recipe, output / name, corpus=corpus, callbacks=[ProgressLine(console, f"training {name}")]
+            recipe, output / name, replace=True, corpus=corpus, callbacks=[ProgressLine(console, f"training {name}")]
         )
         seconds = time.perf_counter() - begun
         # what is measured is what was saved

@@ -39,6 +39,7 @@ def train(
     output: Path,
     *,
     resume: bool = False,
+    replace: bool = False,
     corpus: Corpus | None = None,
     callbacks: Iterable[TrainerCallback] = (),
     on_stage: Callable[[str], None] = lambda stage: None,
@@ -47,6 +48,7 @@ def train(
 
     Args:
         resume: go on from the newest checkpoint in `output`.
+        replace: write over a model that `output` holds; without it that is refused.
         corpus: the recipe's data, where it is loaded already.
         on_stage: told in words what is being done before the first step.
 
@@ -57,6 +59,9 @@ def train(
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
     if resume and checkpoint is None:
         raise InputError(f"{output} has no checkpoint to resume from: leave --resume out to start.")
+    holds_run = any(output.glob("checkpoint-*")) or (output / "config.json").exists()
+    if holds_run and not (resume or replace):
+        raise InputError(f"{output} holds a run already: name another --output, or go on with it by --resume.")
     if corpus is None:
         on_stage("reading and tokenising the data")
         corpus = load_corpus(recipe.data, seed)

@@ -1,14 +1,16 @@
 """Training on `transformers.Trainer`: loop, checkpoints, mixed precision, processes and trackers are the Trainer's."""
 
+import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from latentlm.data import StreamedBlocks
+from latentlm.data import Item, StreamedBlocks
 from latentlm.evaluation.likelihood import evaluate
 from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.training.recipe import EvaluationRecipe
@@ -39,14 +41,14 @@ class LatentTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.evaluation = evaluation or EvaluationRecipe()
         self.statistics = _Statistics()
-        self.add_callback(_Progress(self.model, self.train_dataset))
+        self.add_callback(_Progress(self.model))
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedBlocks):
             return super().get_train_dataloader()
         # it shards itself over processes; accelerate would shard what is left once more
         return DataLoader(
-            self.train_dataset,
+            _Endless(self.train_dataset),
             batch_size=self.args.per_device_train_batch_size,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
@@ -96,15 +98,25 @@ class LatentTrainer(Trainer):
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
 
+class _Endless(IterableDataset):
+    """Epoch after epoch of a stream as one, since the Trainer counts a stream's epochs by steps it cannot know.
+
+    A resumed run skips the batches that it had, in whatever epoch they were.
+    """
+
+    def __init__(self, blocks: StreamedBlocks):
+        self.blocks = blocks
+
+    def __iter__(self) -> Iterator[Item]:
+        for epoch in itertools.count():
+            yield from self.blocks.blocks_of(epoch)
+
+
 class _Progress(TrainerCallback):
-    """Keeps the model's `training_progress`, which β and the inference rate follow, and a streamed order's epoch."""
+    """Keeps the model's `training_progress`, which β and the inference rate follow."""
 
-    def __init__(self, model: LatentLM, train_dataset: Any):
-        self.model, self.train_dataset = model, train_dataset
-
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if isinstance(self.train_dataset, StreamedBlocks):
-            self.train_dataset.set_epoch(int(state.epoch or 0))
+    def __init__(self, model: LatentLM):
+        self.model = model
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.model.training_progress.fill_(state.global_step / state.max_steps)
@@ -114,8 +126,8 @@ class _Statistics:
     """Sums over the steps between two logs."""
 
     def __init__(self) -> None:
-        self.tokens_before = 0
-        self.seen_in_all = 0
+        self.seen_before: float | None = None
+        self.seen_in_session = 0
         self.reset()
 
     def reset(self) -> None:
@@ -132,17 +144,19 @@ class _Statistics:
         self.means.append(outputs["posterior_mean"].detach().float())
 
     def summary(self, state: TrainerState, model: LatentLM, start_time: float | None) -> dict[str, float]:
-        self.seen_in_all += self.tokens
+        self.seen_in_session += self.tokens
+        if self.seen_before is None:  # a resumed run's log says how far it had come
+            self.seen_before = max((entry["tokens"] for entry in state.log_history if "tokens" in entry), default=0)
         figures = {
             "elbo_nll_per_token": (self.nll + self.kl) / max(self.tokens, 1),
             "nll_per_token": self.nll / max(self.tokens, 1),
             "kl_per_token": self.kl / max(self.tokens, 1),
             "kl_per_sequence": self.kl / max(self.sequences, 1),
             "beta": self.beta,
-            "tokens": float(self.seen_in_all),
+            "tokens": self.seen_before + self.seen_in_session,
         }
         if start_time is not None:
-            figures["tokens_per_second"] = self.seen_in_all / (time.time() - start_time)
+            figures["tokens_per_second"] = self.seen_in_session / (time.time() - start_time)
         if len({tuple(mean.shape[1:]) for mean in self.means}) == 1:
             means = torch.cat(self.means)
             prior = model.prior(1, 1)
