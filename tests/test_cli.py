@@ -171,10 +171,7 @@ def test_a_mistake_ends_in_one_sentence(latentlm, working_folder, command, words
 
 @pytest.mark.parametrize(
     ("command", "words"),
-    [
-        pytest.param(command, words, id=command, marks=pytest.mark.xfail(reason=reason))
-        for command, words, reason in DEFECTS
-    ],
+    [pytest.param(command, words, id=command) for command, words, reason in DEFECTS],
 )
 def test_a_mistake_ends_in_one_sentence_too(latentlm, command, words):
     status, _, err = latentlm(*arguments(command))
@@ -258,7 +255,6 @@ def test_resume_goes_on_from_the_newest_checkpoint(latentlm, working_folder):
     assert [entry.get("loss") for entry in resumed] == [entry.get("loss") for entry in whole]
 
 
-@pytest.mark.xfail(reason="torch's RuntimeError about sizes")
 def test_resuming_with_another_model_is_a_mistake(latentlm):
     saving = ["training.save_strategy=steps", "training.save_steps=1", "--output", "run"]
     assert latentlm("train", "small.yaml", *saving)[0] == 0
@@ -290,7 +286,6 @@ def test_evaluate_takes_any_text(latentlm, working_folder):
     assert json.loads((working_folder / "one.json").read_text())["sequences"] == 1
 
 
-@pytest.mark.xfail(reason="what goes over the length is cut off, silently")
 def test_evaluate_says_when_it_does_not_score_all_of_a_text(latentlm, working_folder):
     (working_folder / "long.txt").write_text(LONG)
     _, out, err = latentlm("evaluate", "model", "--data", "long.txt", "--iw-samples", "2")

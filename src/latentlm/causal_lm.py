@@ -1,5 +1,6 @@
 """What the families with an autoregressive decoder share: scoring in one pass, cached generation steps, `generate`."""
 
+import math
 from typing import Any
 
 import torch
@@ -47,10 +48,19 @@ class CausalConfig(LatentLMConfig):
 
     def validate_architecture(self) -> None:
         """Part of the validation of `@strict`."""
-        counts = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-        for name in counts:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
@@ -215,6 +225,10 @@ class CausalLatentLM(LatentLM, GenerationMixin):
             if seed is not None:
                 torch.manual_seed(seed % 2**63)
             beams = kwargs.get("num_beams") or 1
+            if 1 < beams < num_return_sequences:
+                raise InputError(
+                    f"{beams} beams give at most {beams} texts for each prompt, not {num_return_sequences}."
+                )
             if latents is None:
                 draws = num_return_sequences if beams == 1 else 1
                 latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens, draws, seed)

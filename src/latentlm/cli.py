@@ -147,6 +147,8 @@ def evaluate(
     sequences = evaluation_sequences(
         model, tokenizer, loaded.config.max_position_embeddings, data, column=column, sample_by=sample_by, limit=limit
     )
+    if truncated := getattr(sequences, "truncated", 0):
+        console.print(f"{truncated} texts are longer than {loaded.config.max_position_embeddings} tokens and are cut.")
     with counted(console, "evaluating") as on_progress:
         figures = run(
             loaded, sequences, batch_size=batch_size, iw_samples=iw_samples, seed=seed, on_progress=on_progress
@@ -182,6 +184,10 @@ def generate(
 
     if not temperature > 0:
         raise InputError("--temperature must be above 0; for the likeliest token use --greedy.")
+    if 1 < beams < number:
+        raise InputError(f"--beams {beams} gives at most {beams} texts for each prompt, not {number}.")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise InputError("--seed must fit in 64 bits.")
     loaded, tokenizer = load(model)
     prompts = prompt or []
     longest = max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0)

@@ -75,11 +75,11 @@ class LatentLMConfig(PreTrainedConfig):
 
     def validate_objective(self) -> None:
         """Part of the validation of `@strict`."""
-        if self.beta < 0 or self.free_bits < 0 or not 0 <= self.beta_warmup <= 1:
-            raise ValueError(
-                f"beta ({self.beta}) and free_bits ({self.free_bits}) must not be negative "
-                f"and beta_warmup ({self.beta_warmup}) is a fraction of training between 0 and 1"
-            )
+        for name in ("beta", "free_bits"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
+        if not 0 <= self.beta_warmup <= 1:
+            raise ValueError(f"beta_warmup is a fraction of training between 0 and 1, not {self.beta_warmup}")
 
 
 @dataclass

@@ -12,7 +12,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from latentlm.data import load_tokenizer
-from latentlm.errors import InputError
+from latentlm.errors import InputError, one_sentence
 from latentlm.families import FAMILIES
 from latentlm.latent_lm import LatentLM
 
@@ -42,10 +42,10 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     try:
         with no_progress_bars():
             model, info = AutoModel.from_pretrained(path, output_loading_info=True)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path} cannot be loaded as a model: {error}") from error
     except Exception as error:  # every kind of damage raises its own kind of exception
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_sentence(error)
         raise InputError(f"{path} cannot be loaded as a model: {reason}") from error
     if not isinstance(model, LatentLM):
         raise InputError(f"{path} holds a {type(model).__name__}, which is no family of latentlm.")

@@ -70,6 +70,8 @@ def encode(
     Raises:
         InputError: no text, or one longer than the model's context.
     """
+    if isinstance(texts, str):
+        raise InputError("give a list of texts, not one string.")
     lengths = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
     longest = model.config.max_position_embeddings
     for row, length in enumerate(lengths):

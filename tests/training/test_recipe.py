@@ -24,10 +24,6 @@ def complaint(text: str, *overrides: str) -> str:
     return str(error.value)
 
 
-def defect(*change, reason):
-    return pytest.param(change, marks=pytest.mark.xfail(reason=reason))
-
-
 # ---- what is read ------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +95,7 @@ MISTAKES = [
     ("  max_steps: 3", "  output_dir: runs", "output_dir", "leave it out"),
     ("  max_steps: 3", "  remove_unused_columns: true", "remove_unused_columns", "leave it out"),
     ("  max_steps: 3", "  resume_from_checkpoint: x", "resume_from_checkpoint", "leave it out"),
-    defect("  max_steps: 3", "  disable_tqdm: true", "disable_tqdm", "leave it out", reason="a Python error, reworded"),
+    ("  max_steps: 3", "  disable_tqdm: true", "disable_tqdm", "leave it out"),
     # wrong types
     ("  hidden_size: 16", "  hidden_size: wide", "hidden_size", "int"),
     ("  hidden_size: 16", "  hidden_size: 16.5", "hidden_size", "int"),
@@ -112,19 +108,14 @@ MISTAKES = [
     ("  use_cpu: true", "  use_cpu: 3", "use_cpu", "true or false"),
     ("  sequences: 8", "  sequences: many", "sequences", "int"),
     ("  iw_samples: 2", "  iw_samples: 2.5", "iw_samples", "int"),
-    defect("  max_steps: 3", "  max_steps: 2.5", "max_steps", reason="fails in the middle of the Trainer"),
-    defect("  max_steps: 3", "  bf16: maybe", "bf16", "true or false", reason="any string counts as true"),
-    defect(
-        "  per_device_train_batch_size: 8",
-        "  per_device_train_batch_size: 2.5",
-        "per_device_train_batch_size",
-        reason="fails in the middle of the Trainer",
-    ),
+    ("  max_steps: 3", "  max_steps: 2.5", "max_steps"),
+    ("  max_steps: 3", "  bf16: maybe", "bf16", "true or false"),
+    ("  per_device_train_batch_size: 8", "  per_device_train_batch_size: 2.5", "per_device_train_batch_size"),
     # impossible values
     ("  hidden_size: 16", "  hidden_size: -16", "hidden_size", "at least 1"),
     ("  latents_per_layer: 2", "  latents_per_layer: 0", "latents_per_layer", "at least 1"),
     ("  sliding_window: 4", "  sliding_window: 0", "sliding_window", "at least 1"),
-    ("  hidden_size: 16", "  beta: -1", "beta", "negative"),
+    ("  hidden_size: 16", "  beta: -1", "beta", "from 0"),
     ("  hidden_size: 16", "  beta_warmup: 2", "beta_warmup", "between 0 and 1"),
     ("  length: 48", "  length: 0", "length", "at least 1"),
     ("  limit: 200", "  limit: -1", "limit", "at least 1"),
@@ -134,25 +125,25 @@ MISTAKES = [
     ("  logging_steps: 1", "  logging_steps: -1", "logging_steps", "negative"),
     ("  max_steps: 3", "  max_steps: -2", "max_steps", "negative"),
     ("  sequences: 8", "  sequences: 0", "sequences", "at least 1"),
-    defect("  iw_samples: 2", "  iw_samples: -2", "iw_samples", "at least 1", reason="names the line of sequences"),
-    defect("  inference_steps: 2", "  inference_steps: -1", "inference_steps", reason="names another key's line"),
+    ("  iw_samples: 2", "  iw_samples: -2", "iw_samples", "at least 1"),
+    ("  inference_steps: 2", "  inference_steps: -1", "inference_steps"),
     ("  family: ltm", "  family: gpt", "model.family", "ltm, autoregressive"),
     ("  family: ltm", "  family: 3", "model.family", "ltm, autoregressive"),
-    defect("  family: ltm", "  family: [ltm]", "model.family", reason="TypeError: unhashable type"),
-    defect("  max_steps: 3", "  max_steps: 0", "max_steps", reason="ZeroDivisionError after the first step"),
-    defect("  max_steps: 3", "  seed: 5000000000", "seed", reason="numpy's ValueError once the data is read"),
-    defect("  learning_rate: 1e-2", "  learning_rate: .inf", "learning_rate", reason="diverges at the second step"),
-    defect("  max_steps: 3", "  gradient_accumulation_steps: 0", "gradient_accumulation_steps", reason="divides by 0"),
-    defect("  max_steps: 3", "  optim: best", "optim", reason="names the section's line, not the key's"),
-    defect("  report_to: none", "  report_to: nowhere", "report_to", reason="fails once the data is read"),
-    defect("  hidden_size: 16", "  beta: .nan", "beta", reason="NaN passes the comparison"),
-    defect("  hidden_size: 16", "  free_bits: .nan", "free_bits", reason="NaN passes the comparison"),
-    defect("  hidden_size: 16", "  inference_lr: -1", "inference_lr", reason="not checked"),
-    defect("  hidden_size: 16", "  inference_lr: .nan", "inference_lr", reason="not checked"),
-    defect("  hidden_size: 16", "  rope_theta: 0", "rope_theta", reason="not checked"),
-    defect("  hidden_size: 16", "  intermediate_size: 0", "intermediate_size", reason="not checked"),
-    defect("  hidden_size: 16", "  max_position_embeddings: 8", "max_position_embeddings", reason="not checked"),
-    defect("  vocab_size: 300", "  vocab_size: 10", "vocab_size", reason="seen only once the data is read"),
+    ("  family: ltm", "  family: [ltm]", "model.family"),
+    ("  max_steps: 3", "  max_steps: 0", "max_steps"),
+    ("  max_steps: 3", "  seed: 5000000000", "seed"),
+    ("  learning_rate: 1e-2", "  learning_rate: .inf", "learning_rate"),
+    ("  max_steps: 3", "  gradient_accumulation_steps: 0", "gradient_accumulation_steps"),
+    ("  max_steps: 3", "  optim: best", "optim"),
+    ("  report_to: none", "  report_to: nowhere", "report_to"),
+    ("  hidden_size: 16", "  beta: .nan", "beta"),
+    ("  hidden_size: 16", "  free_bits: .nan", "free_bits"),
+    ("  hidden_size: 16", "  inference_lr: -1", "inference_lr"),
+    ("  hidden_size: 16", "  inference_lr: .nan", "inference_lr"),
+    ("  hidden_size: 16", "  rope_theta: 0", "rope_theta"),
+    ("  hidden_size: 16", "  intermediate_size: 0", "intermediate_size"),
+    ("  hidden_size: 16", "  max_position_embeddings: 8", "max_position_embeddings"),
+    ("  vocab_size: 300", "  vocab_size: 10", "vocab_size"),
     # impossible combinations
     ("  hidden_size: 16", "  hidden_size: 14", "hidden_size", "num_attention_heads"),
     ("  limit: 200", "  streaming: true", "streaming", "blocks"),

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from latentlm.data.corpora import Document, read_documents
 from latentlm.data.datasets import Blocks, Sentences, StreamedBlocks, split_documents
-from latentlm.data.tokenizers import load_tokenizer, train_tokenizer
+from latentlm.data.tokenizers import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 from latentlm.errors import InputError
 
 RECIPE_FILE = "recipe.yaml"
@@ -61,6 +61,8 @@ class DataRecipe:
             raise ValueError(f"length must be at least 1, not {self.length}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, not {self.limit}")
+        if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
+            raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, not {self.vocab_size}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, not {self.validation_fraction}")
         if self.streaming and self.unit == "sentences":

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from latentlm.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
+SMALLEST_VOCABULARY = 257
 _BATCH_TEXTS, _BATCH_CHARACTERS = 1000, 1_000_000
 
 
@@ -22,8 +23,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise InputError(f"vocab_size={vocab_size} is too small: give at least 257, for 256 bytes and {END_OF_TEXT}")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"vocab_size={vocab_size} is too small: give at least {SMALLEST_VOCABULARY}, for 256 bytes and {END_OF_TEXT}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -5,6 +5,7 @@ p(x | z)  = Π_t p(x_t | z, x_{t−w … t−1}), layer l of the decoder attendi
 q(z | x)  = N(μ, σ²) per sequence, by T steps of gradient ascent on the ELBO                eq. 5, Algorithm 1
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -60,8 +61,14 @@ class LTMConfig(CausalConfig):
 
     def validate_latents(self) -> None:
         """Part of the validation of `@strict`."""
-        if self.latents_per_layer < 1 or (self.latent_size or 0) < 1 or self.inference_steps < 0:
-            raise ValueError("latents_per_layer and latent_size must be at least 1, inference_steps at least 0")
+        for name, least in (("latents_per_layer", 1), ("latent_size", 1), ("inference_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
+        for name in ("inference_lr", "inference_lr_final", "inference_lr_decay", "inference_epsilon"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
+        if not math.isfinite(self.inference_start_log_variance):
+            raise ValueError("inference_start_log_variance must be finite")
 
     @classmethod
     def preset(cls, size: Literal["small", "medium", "large"], **changes: Any) -> "LTMConfig":

@@ -8,6 +8,7 @@ evaluation:  the fields of `EvaluationRecipe`
 
 import dataclasses
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,21 +18,17 @@ from typing import Any
 import yaml
 from huggingface_hub.dataclasses import strict
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from latentlm.data.recipe import DataRecipe
-from latentlm.errors import InputError
+from latentlm.errors import InputError, one_sentence
 from latentlm.families import FAMILIES
 from latentlm.latent_lm import LatentLM, LatentLMConfig
 
 # what latentlm sets itself, from the command line or because its datasets and loss need it
-_OURS = {
-    "output_dir",
-    "resume_from_checkpoint",
-    "remove_unused_columns",
-    "label_names",
-    "include_for_metrics",
-    "do_train",
-}
+_OURS = {"output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names", "disable_tqdm"}
+# counts by which transformers would divide, or with which a run fails in its middle
+_AT_LEAST_ONE = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"}
 # the paper's schedule (Kong et al. 2025, appendix A.2); every one can be set in a recipe
 _TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -71,8 +68,9 @@ class EvaluationRecipe:
 
     def validate_values(self) -> None:
         """Part of the validation of `@strict`."""
-        if (self.sequences is not None and self.sequences < 1) or self.iw_samples < 1 or self.batch_size < 1:
-            raise ValueError("sequences, iw_samples and batch_size must be at least 1")
+        for name in ("sequences", "iw_samples", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -203,7 +201,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         if section not in document:
             raise InputError(f"{name}: the section {section!r} is missing.")
     model = dict(document["model"])
-    family = FAMILIES.get(model.pop("family", None))
+    family = FAMILIES.get(str(model.pop("family", None)))
     if family is None:
         where = places.get(("model", "family"), places[("model",)])
         raise InputError(f"{where}: model.family must be one of {', '.join(FAMILIES)}.")
@@ -219,9 +217,12 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         raise InputError(f"{places[('training',)]}: streamed text has no known length: give training.max_steps.")
     recipe = Recipe(family, model, data, dict(document["training"]), evaluation, document)
     with _located("model", model, places):
-        recipe.model_config(vocab_size=1)
+        config = recipe.model_config(vocab_size=1)
+        if getattr(config, "max_position_embeddings", data.length) < data.length:
+            raise ValueError(f"max_position_embeddings must be at least data.length, {data.length}")
     with _located("training", recipe.training, places):
-        recipe.training_arguments(Path("unused"))
+        arguments = recipe.training_arguments(Path("unused"))
+        get_reporting_integration_callbacks(arguments.report_to)
     return recipe
 
 
@@ -245,14 +246,22 @@ def _check_training(training: Mapping[str, Any], places: Mapping[tuple[str, ...]
             raise InputError(f"{where}: training.{key} is set by latentlm itself: leave it out.")
         if key not in known:
             raise InputError(f"{where}: unknown key training.{key}{_hint(key, known)}.")
-        default = _TRAINING_DEFAULTS.get(key, known[key].default)
+        kind = known[key].type
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if isinstance(default, bool) and not isinstance(value, (bool, str)):
+        whole = number and isinstance(value, int)
+        if kind is bool and not isinstance(value, bool):
             raise InputError(f"{where}: training.{key} must be true or false, not {value!r}.")
-        if isinstance(default, (int, float)) and not isinstance(default, bool) and not number:
+        if kind is int and not whole:
+            raise InputError(f"{where}: training.{key} must be a whole number, not {value!r}.")
+        if kind is float and not number:
             raise InputError(f"{where}: training.{key} must be a number, not {value!r}.")
-        if number and not (value >= 0 or (key == "max_steps" and value == -1)):
-            raise InputError(f"{where}: training.{key} must not be negative or NaN, but is {value}.")
+        unlimited = key == "max_steps" and value == -1
+        if number and not (0 <= value < math.inf or unlimited):
+            raise InputError(f"{where}: training.{key} must not be negative or NaN or infinite, but is {value}.")
+        if key in _AT_LEAST_ONE and not (value >= 1 or unlimited):
+            raise InputError(f"{where}: training.{key} must be at least 1, not {value}.")
+        if key == "seed" and value >= 2**32:
+            raise InputError(f"{where}: training.seed must be less than 2**32, not {value}.")
 
 
 class _located:
@@ -266,15 +275,13 @@ class _located:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception):
-            sentence = " ".join(str(error).split())
-            sentence = re.sub(
-                r"^(Class validation error for validator '\w+'|Validation error for field '(\w+)'):?\s*",
-                r"\2 ",
-                sentence,
-            )
-            sentence = re.sub(r"^\s*(TypeError|ValueError):\s*|\s(TypeError|ValueError):\s", " ", sentence).strip()
-            guilty = [key for key in self.content if re.search(rf"\b{re.escape(key)}\b", str(error))]
-            where = self.places.get((self.section, guilty[0])) if guilty else None
+            sentence = one_sentence(error)
+            named = [key for key in self.content if re.search(rf"\b{re.escape(key)}\b", str(error))]
+            words = {key: value for key, value in self.content.items() if isinstance(value, str)}
+            by_value = [key for key, value in words.items() if re.search(rf"\b{re.escape(value)}\b", str(error))]
+            if not named and by_value:
+                sentence = f"{self.section}.{by_value[0]}: {sentence}"
+            where = self.places.get((self.section, (named + by_value)[0])) if named + by_value else None
             raise InputError(f"{where or self.places[(self.section,)]}: {sentence}") from error
 
 

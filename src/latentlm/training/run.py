@@ -16,7 +16,7 @@ from latentlm.errors import InputError
 from latentlm.files import write_whole
 from latentlm.latent_lm import LatentLM
 from latentlm.loading import no_progress_bars, save
-from latentlm.training.recipe import Recipe
+from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
 
 HISTORY_FILE = "history.json"
@@ -32,6 +32,16 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LatentLM:
         pad_token_id=tokenizer.pad_token_id,
     )
     return recipe.family(config)
+
+
+def _check_same_run(recipe: Recipe, output: Path) -> None:
+    """A checkpoint goes on only with its own model and data."""
+    before = load_recipe(output / RECIPE_FILE).document
+    for section in ("model", "data"):
+        if before[section] != recipe.document[section]:
+            changed = {*before[section].items()} ^ {*recipe.document[section].items()}
+            names = ", ".join(sorted({f"{section}.{key}" for key, _ in changed}))
+            raise InputError(f"{output} was begun with another recipe ({names}): resume with the one it began with.")
 
 
 def train(
@@ -57,6 +67,8 @@ def train(
     """
     seed = recipe.training.get("seed", 0)
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
+    if checkpoint is not None:
+        _check_same_run(recipe, output)
     if resume and checkpoint is None:
         raise InputError(f"{output} has no checkpoint to resume from: leave --resume out to start.")
     holds_run = any(output.glob("checkpoint-*")) or (output / "config.json").exists()

@@ -159,7 +159,7 @@ class _Statistics:
             figures["tokens_per_second"] = self.seen_in_session / (time.time() - start_time)
         if len({tuple(mean.shape[1:]) for mean in self.means}) == 1:
             means = torch.cat(self.means)
-            prior = model.prior(1, 1)
-            figures["active_units"] = float((means.var(0, correction=0) > 0.01 * prior.variance[0]).sum())
+            variance = (means - means.mean(0)).square().mean(0)
+            figures["active_units"] = float((variance > 0.01 * model.prior(1, 1).variance[0]).sum())
         self.reset()
         return figures
