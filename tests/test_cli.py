@@ -204,13 +204,13 @@ def test_ctrl_c_ends_without_a_traceback(latentlm, monkeypatch):
 
 def test_a_real_ctrl_c_ends_a_real_run(working_folder):
     """A process of its own: training is stopped at its first steps, leaves a checkpoint, and goes on from it."""
-    steps = ["training.max_steps=1000", "training.save_strategy=steps", "training.save_steps=100"]
+    steps = ["training.max_steps=500", "training.save_strategy=steps", "training.save_steps=10"]
     command = [sys.executable, "-c", "from latentlm.cli import main; main()", "train", "small.yaml", *steps]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        told = next(line for line in process.stdout if "step 200 of 1000" in line)
+        told = next(line for line in process.stdout if "step 50 of 500" in line)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert "training LTM" in told

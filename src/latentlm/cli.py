@@ -153,7 +153,9 @@ def evaluate(
         figures = run(
             loaded, sequences, batch_size=batch_size, iw_samples=iw_samples, seed=seed, on_progress=on_progress
         )
-    console.print(table({Path(model).name: figures}, f"{data or 'validation data of its recipe'}, seed {seed}"))
+    caption = f"{data or 'validation data of its recipe'}, seed {seed}"
+    console.print(caption, markup=False, highlight=False, soft_wrap=True)
+    console.print(table({Path(model).name: figures}))
     _write_json(json_file, figures)
 
 

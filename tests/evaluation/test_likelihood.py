@@ -158,11 +158,11 @@ def test_the_controls_nll_is_that_of_its_tokens_one_by_one_in_float64(sequences,
 def test_with_an_inference_that_finds_nothing_every_bound_is_about_the_prior():
     """q = p: no KL, no active unit, no information, and IW is the prior's figure up to its noise."""
     model = small_model("ltm", inference_steps=0)
-    figures = evaluate(model, Rows(texts(5, 9)), iw_samples=256)
+    figures = evaluate(model, Rows(texts(5, 9)), iw_samples=64)
     assert figures["kl_per_token"] == pytest.approx(0, abs=1e-7)
     assert figures["active_units"] == 0
     assert figures["mutual_information"] == pytest.approx(0, abs=1e-6)
-    assert figures["iw_nll_per_token"] == pytest.approx(figures["prior_nll_per_token"], rel=0.02)
+    assert figures["iw_nll_per_token"] == pytest.approx(figures["prior_nll_per_token"], rel=0.05)
     assert figures["iw_nll_per_token"] < figures["elbo_nll_per_token"]
 
 
@@ -170,7 +170,7 @@ def test_with_an_inference_that_finds_nothing_every_bound_is_about_the_prior():
 def test_with_more_samples_the_importance_weighted_bound_tightens():
     model = small_model("ltm", inference_steps=4, inference_lr=0.5)
     rows = Rows(texts(8, 12))
-    bounds = [evaluate(model, rows, iw_samples=samples)["iw_nll_per_token"] for samples in (1, 8, 128)]
+    bounds = [evaluate(model, rows, iw_samples=samples)["iw_nll_per_token"] for samples in (1, 6, 48)]
     assert bounds[0] > bounds[1] > bounds[2]
 
 

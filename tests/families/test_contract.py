@@ -383,7 +383,7 @@ def test_a_misspelt_key_in_a_file(model, tmp_path):
         ({"hidden_size": 18, "num_attention_heads": 4}, "multiple of twice"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
         ({"dropout": 1.0}, "dropout"),
-        ({"beta": -1.0}, "must not be negative"),
+        ({"beta": -1.0}, "must be a number from 0"),
         ({"beta_warmup": 2.0}, "fraction of training"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be at least 1"),
         ({"hidden_size": "16"}, "hidden_size"),

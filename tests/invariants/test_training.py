@@ -153,7 +153,7 @@ def test_each_epoch_of_a_stream_has_all_blocks_in_an_order_of_its_own(tmp_path, 
         return compute_loss(self, model, inputs, *args, **kwargs)
 
     monkeypatch.setattr(LatentTrainer, "compute_loss", spy)
-    alone = ("training.per_device_train_batch_size=1", "training.max_steps=12", "data.limit=120")
+    alone = ("training.per_device_train_batch_size=1", "training.max_steps=12", "data.length=150")
     trained = run(tmp_path / "run", *streamed, *alone)
     blocks = [tuple(item["input_ids"].tolist()) for item in trained.corpus.train]
     first, second = seen[: len(blocks)], seen[len(blocks) : 2 * len(blocks)]

@@ -37,7 +37,6 @@ def test_a_terminal_has_one_line_that_ends(tmp_path):
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
 
 
-@pytest.mark.xfail(reason="a run that fails or is stopped never ends its line, and the terminal has no cursor after it")
 def test_a_terminal_has_its_cursor_again_after_an_interrupted_run(tmp_path):
     out = console(terminal=True)
     with pytest.raises(KeyboardInterrupt):
@@ -46,7 +45,6 @@ def test_a_terminal_has_its_cursor_again_after_an_interrupted_run(tmp_path):
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h") == 1
 
 
-@pytest.mark.xfail(reason="the figures take the room of the count of steps")
 def test_a_narrow_terminal_shows_how_far_it_is(tmp_path):
     out = console(terminal=True, width=80)
     run(tmp_path / "run", "training.max_steps=12", callbacks=[ProgressLine(out, "training")])

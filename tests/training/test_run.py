@@ -73,7 +73,6 @@ def test_there_is_nothing_to_resume_in_a_new_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.xfail(reason="recipe.yaml is replaced before training, the model after it")
 def test_an_interrupted_replacement_leaves_the_old_model_with_its_own_recipe(tmp_path):
     run(tmp_path / "run")
     with pytest.raises(ValueError, match="mistake"):

@@ -24,9 +24,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < SMALLEST_VOCABULARY:
-        raise InputError(
-            f"vocab_size={vocab_size} is too small: give at least {SMALLEST_VOCABULARY}, for 256 bytes and {END_OF_TEXT}"
-        )
+        smallest = f"at least {SMALLEST_VOCABULARY}, for 256 bytes and {END_OF_TEXT}"
+        raise InputError(f"vocab_size={vocab_size} is too small: give {smallest}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

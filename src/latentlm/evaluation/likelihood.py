@@ -12,6 +12,7 @@ Corpus figures are sums over sums: Σ nats ÷ Σ tokens, with perplexity the exp
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,7 +59,13 @@ def evaluate(
     if len(sequences) == 0:  # type: ignore[arg-type]
         raise InputError("there is no sequence to evaluate: the data is empty.")
     samples = 1 if model.exact else iw_samples
-    lengths = [len(sequences[index]["input_ids"]) for index in range(len(sequences))]  # type: ignore[arg-type]
+    lengths, hashes = [], []
+    for index in range(len(sequences)):  # type: ignore[arg-type]
+        input_ids = sequences[index]["input_ids"]
+        lengths.append(len(input_ids))
+        hashes.append((zlib.crc32(input_ids.numpy().tobytes()), index))
+    # by their hash, so that the data's order does not choose them
+    compared = {index for _, index in sorted(hashes)[:MUTUAL_INFORMATION_SEQUENCES]}
     collate = Collator(model.config.pad_token_id or 0)
     totals = dict.fromkeys(("elbo", "iw", "reconstruction", "kl", "prior"), 0.0)
     tokens = num_bytes = done = 0
@@ -72,7 +79,7 @@ def evaluate(
             input_ids = batch["input_ids"].to(model.device)
             attention_mask = batch["attention_mask"].to(model.device)
             figures = score(model, input_ids, attention_mask, samples=samples, seed=seed, statistics=statistics)
-            statistics.choose([index < MUTUAL_INFORMATION_SEQUENCES for index in indices])
+            statistics.choose([index in compared for index in indices])
             for name in totals:
                 totals[name] += float(figures[name].double().sum())
             tokens += int(model.scored_tokens(input_ids, attention_mask).sum())

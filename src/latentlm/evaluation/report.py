@@ -9,9 +9,9 @@ from rich.table import Table
 Figures = Mapping[str, Any]
 
 
-def table(figures: Mapping[str, Figures], title: str) -> Table:
+def table(figures: Mapping[str, Figures]) -> Table:
     """Models side by side. NLL in nats per token; a bound is marked ≤, the likelihood itself =."""
-    rows = Table(title=title, title_justify="left")
+    rows = Table()
     rows.add_column("")
     for name in figures:
         rows.add_column(name, justify="right")

@@ -47,6 +47,7 @@ def quickstart(output: Path, *, data: str | None = None, seed: int = 0, console:
     recipes = {name: _recipe(name, data, seed) for name in FAMILIES}
     console.print("reading and tokenising the data …")
     corpus = load_corpus(recipes["ltm"].data, seed)
+    prompts = _prompts(corpus.validation, corpus.tokenizer)
     output.mkdir(parents=True, exist_ok=True)
     figures, histories, models = {}, {}, {}
     for name, recipe in recipes.items():
@@ -62,12 +63,14 @@ def quickstart(output: Path, *, data: str | None = None, seed: int = 0, console:
         tokens = max(entry.get("tokens", 0) for entry in history)
         figures[name] |= {"training_tokens": int(tokens), "training_tokens_per_second": tokens / seconds}
         histories[name] = history
-    samples = _samples(models, tokenizer, _prompts(corpus.validation, tokenizer))
+    samples = _samples(models, tokenizer, prompts)
     write_whole(output / "figures.json", json.dumps(figures, indent=1))
     write_whole(output / "samples.txt", samples)
     curves(histories, output / "curves.png")
     source = data or recipes["ltm"].data.source
-    console.print(table(figures, f"{source}, {figures['ltm']['sequences']:,} validation sequences, seed {seed}"))
+    caption = f"{source}, {figures['ltm']['sequences']:,} validation sequences, seed {seed}"
+    console.print(caption, markup=False, highlight=False, soft_wrap=True)
+    console.print(table(figures))
     console.print(samples, markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"{time.perf_counter() - started:.0f} s in all; left in {output}: ltm/ and autoregressive/ (latentlm.load, "
@@ -87,15 +90,16 @@ def _recipe(name: str, data: str | None, seed: int) -> Recipe:
 
 
 def _prompts(sequences: Any, tokenizer: Any, number: int = 3, tokens: int = 6) -> list[str]:
-    """The first tokens of validation texts that are long enough to leave something to say."""
+    """The first tokens of some validation texts, half of a short one."""
     prompts = []
     for index in range(len(sequences)):
         ids = sequences[index]["input_ids"][1:].tolist()
-        if len(ids) > 2 * tokens and tokenizer.eos_token_id not in ids[:tokens]:
-            prompts.append(tokenizer.decode(ids[:tokens]))
+        ids = ids[: ids.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in ids else ids
+        if prompt := tokenizer.decode(ids[: min(tokens, (len(ids) + 1) // 2)]).strip():
+            prompts.append(prompt)
         if len(prompts) == number:
             return prompts
-    raise InputError("the validation text is too short to prompt with: give more text.")
+    raise InputError(f"the validation text has less than {number} lines to prompt with: give more text.")
 
 
 def _samples(models: dict[str, Any], tokenizer: Any, prompts: list[str]) -> str:

@@ -1,7 +1,7 @@
 """From a recipe to a trained model in a folder."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from latentlm.errors import InputError
 from latentlm.files import write_whole
 from latentlm.latent_lm import LatentLM
 from latentlm.loading import no_progress_bars, save
+from latentlm.training.progress import ProgressLine
 from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
 
@@ -51,7 +52,7 @@ def train(
     resume: bool = False,
     replace: bool = False,
     corpus: Corpus | None = None,
-    callbacks: Iterable[TrainerCallback] = (),
+    callbacks: Sequence[TrainerCallback] = (),
     on_stage: Callable[[str], None] = lambda stage: None,
 ) -> tuple[LatentLM, Corpus, list[dict[str, Any]]]:
     """Trains a recipe; `output` then holds model, tokenizer, recipe, history, and the last checkpoints.
@@ -79,7 +80,9 @@ def train(
         corpus = load_corpus(recipe.data, seed)
     model = build_model(recipe, corpus.tokenizer)
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / RECIPE_FILE, yaml.safe_dump(dict(recipe.document), sort_keys=False))
+    document = yaml.safe_dump(dict(recipe.document), sort_keys=False)
+    if not replace:  # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
+        write_whole(output / RECIPE_FILE, document)
     arguments = recipe.training_arguments(output)
     if recipe.data.unit == "sentences" and "train_sampling_strategy" not in recipe.training:
         arguments.train_sampling_strategy = "group_by_length"
@@ -94,9 +97,15 @@ def train(
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    with no_progress_bars():
-        trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        with no_progress_bars():
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        for callback in callbacks:
+            if isinstance(callback, ProgressLine):
+                callback.progress.stop()
     if trainer.is_world_process_zero():
         save(model, corpus.tokenizer, output)
+        write_whole(output / RECIPE_FILE, document)
         write_whole(output / HISTORY_FILE, json.dumps(trainer.state.log_history, indent=1))
     return model, corpus, trainer.state.log_history
