@@ -128,8 +128,7 @@ def test_sampling_follows_the_models_probabilities(model):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("total", [6, 9])
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("total, beams", [(6, 1), (9, 3)])
 def test_prompts_in_a_batch_continue_as_alone(model, side, total, beams):
     input_ids, lengths = texts(4, 6), [6, 2, 4, 1]
     latents = prior_latents(model, input_ids)

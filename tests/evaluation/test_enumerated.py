@@ -14,7 +14,7 @@ from latentlm.distributions import Stream, sample_from_noise, sequence_noise
 from latentlm.evaluation.likelihood import score
 
 SAMPLES = (1, 4, 16, 64, 256, 1024)
-SEQUENCES = 400
+SEQUENCES = 256
 VOCABULARY = 8
 
 

@@ -118,7 +118,7 @@ def test_every_step_is_adams(toy, options):
         return 0.1 / (1 + step)
 
     given = {("nats_free_per_dimension" if key == "free" else key): value for key, value in options.items()}
-    for steps in (0, 1, 2, 5, 10):
+    for steps in (0, 1, 2, 8):
         found = infer(model, input_ids, mask, steps=steps, start=start, learning_rate=rate, **given)
         mean, log_variance = reference(model, input_ids, mask, steps=steps, rate=rate, start=start, **options)
         # rounding of float32, a little of it amplified where Adam divides a small gradient by itself

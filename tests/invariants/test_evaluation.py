@@ -111,7 +111,6 @@ def test_mutual_information_of_some_sequences_does_not_depend_on_batches(
     assert_same(one, other)
 
 
-@pytest.mark.xfail(reason="it is that of the first ones")
 def test_mutual_information_of_some_sequences_does_not_depend_on_their_order(
     some, more_sequences_than_information_is_told_of
 ):

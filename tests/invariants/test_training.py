@@ -162,9 +162,19 @@ def test_each_epoch_of_a_stream_has_all_blocks_in_an_order_of_its_own(tmp_path, 
     assert first != second
 
 
-def test_a_resumed_run_counts_tokens_from_the_start(tmp_path):
-    whole, resumed = uninterrupted_and_resumed(tmp_path)
-    assert whole.logged("tokens") == resumed.logged("tokens")
+@pytest.mark.parametrize(
+    "logging",
+    [
+        1,
+        pytest.param(
+            3, marks=pytest.mark.xfail(reason="steps between the last log and the checkpoint are not counted")
+        ),
+    ],
+)
+def test_a_resumed_run_counts_tokens_from_the_start(tmp_path, logging):
+    steps = ("training.max_steps=6", f"training.logging_steps={logging}")
+    whole, resumed = uninterrupted_and_resumed(tmp_path, *steps)
+    assert whole.logged("tokens")[-1] == resumed.logged("tokens")[-1]
 
 
 def test_a_new_run_does_not_begin_in_the_folder_of_an_old_one(tmp_path):

@@ -70,7 +70,7 @@ def evaluate(
     totals = dict.fromkeys(("elbo", "iw", "reconstruction", "kl", "prior"), 0.0)
     tokens = num_bytes = done = 0
     statistics = LatentStatistics()
-    was_training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     start = time.perf_counter()
     try:
@@ -88,7 +88,8 @@ def evaluate(
             if on_progress is not None:
                 on_progress(done, len(lengths))
     finally:
-        model.train(was_training)
+        for module in training:
+            module.training = True
     seconds = time.perf_counter() - start
     per_token = {name: total / tokens for name, total in totals.items()}
     return {

@@ -64,7 +64,9 @@ class LTMConfig(CausalConfig):
         for name, least in (("latents_per_layer", 1), ("latent_size", 1), ("inference_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("inference_lr", "inference_lr_final", "inference_lr_decay", "inference_epsilon"):
+        if not 0 < self.inference_epsilon < math.inf:
+            raise ValueError(f"inference_epsilon must be a number above 0, not {self.inference_epsilon}")
+        for name in ("inference_lr", "inference_lr_final", "inference_lr_decay"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
         if not math.isfinite(self.inference_start_log_variance):
