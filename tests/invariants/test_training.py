@@ -99,16 +99,19 @@ def figures(run_):
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param((), id="sentences of similar length"),
-        pytest.param(PLAIN, id="sentences"),
-        pytest.param(("data.unit=blocks", "data.length=16"), id="blocks"),
+        pytest.param((), id="sentences"),
         pytest.param(("data.unit=blocks", "data.length=16", "data.limit=12"), id="blocks, several epochs"),
         pytest.param(
-            ("model.dropout=0.2", "model.beta_warmup=0.7", "model.inference_start=learned", "model.free_bits=0.1"),
-            id="dropout and schedules",
-        ),
-        pytest.param(
-            ("training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=4"), id="accumulation"
+            (
+                *PLAIN,
+                "model.dropout=0.2",
+                "model.beta_warmup=0.7",
+                "model.inference_start=learned",
+                "model.free_bits=0.1",
+                "training.per_device_train_batch_size=4",
+                "training.gradient_accumulation_steps=2",
+            ),
+            id="schedules and accumulation",
         ),
     ],
 )
