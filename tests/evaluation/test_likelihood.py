@@ -200,14 +200,14 @@ def test_score_is_in_nats_of_each_sequence():
 @torch.no_grad()
 def test_a_reconstruction_is_scored_with_noise_that_inference_did_not_see():
     """E_q log p(x | z) by torch's own noise is the same; the draws that q was fitted to would look better."""
-    model = small_model("ltm", inference_steps=8, inference_lr=0.5)
-    rows = texts(12, 20)
-    scored = -score(model, rows, samples=64)["reconstruction"]
+    model = small_model("ltm", inference_steps=2, inference_lr=1.0)
+    rows = texts(64, 20)
+    scored = -score(model, rows, samples=2)["reconstruction"]
     posterior = model.infer(rows, seed=0)
-    noise = torch.randn(256, *posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(32, *posterior.mean.shape, generator=torch.Generator().manual_seed(0))
     fresh = model.log_likelihood(posterior.mean + posterior.variance.sqrt() * noise, rows).sum(-1)
-    error = fresh.std(0) * (1 / 64 + 1 / 256) ** 0.5
-    assert float(((scored - fresh.mean(0)) / error).square().mean()) < 3
+    gain = scored - fresh.mean(0)
+    assert abs(float(gain.mean())) < 3 * float(gain.std()) / 64**0.5
 
 
 def test_a_model_of_three_verbs_is_evaluated_like_any_other():

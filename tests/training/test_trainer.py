@@ -151,6 +151,17 @@ def test_compiled_training_has_the_losses_of_eager_training(tmp_path, unchecked,
     assert load(tmp_path / "compiled")[0].state_dict().keys() == eager.model.state_dict().keys()
 
 
+@pytest.mark.parametrize("family", ["ltm", "autoregressive"])
+def test_each_step_has_noise_of_its_own(tmp_path, family):
+    """The same batch again and again, and weights that stand still."""
+    still = ["training.learning_rate=0.0", "data.limit=16", "data.validation_fraction=0.5"]
+    if family == "ltm":
+        still += ["model.inference_lr_final=null"]
+    losses = run(tmp_path / "run", *still, family=family).logged("loss")
+    spread = max(losses) - min(losses)
+    assert spread > 1e-3 if family == "ltm" else spread < 1e-5
+
+
 def test_the_seed_chooses_weights_noise_and_order(tmp_path):
     one, same, other = (
         run(tmp_path / name, f"training.seed={seed}") for name, seed in (("one", 0), ("same", 0), ("other", 1))
