@@ -192,7 +192,6 @@ def test_debug_shows_where_an_error_came_from(monkeypatch):
         cli.main()
 
 
-@pytest.mark.xfail(reason="it is an option of the command, before the verb; after it, the complaint is a traceback")
 def test_debug_may_stand_after_the_verb(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["latentlm", "evaluate", "./nothing", "--debug"])
     with pytest.raises(ValueError, match="nothing does not exist"):

@@ -36,8 +36,8 @@ class CausalConfig(LatentLMConfig):
     sliding_window: int | None = 256
     dropout: float | int = 0.0
     rope_theta: float | int = 10000.0
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
 

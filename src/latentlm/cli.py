@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from transformers.utils import logging as transformers_logging
 
 # the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
 from latentlm.errors import InputError
@@ -143,7 +144,7 @@ def evaluate(
     from latentlm.training.progress import counted
 
     console = Console()
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = _on_device(*load(model))
     sequences = evaluation_sequences(
         model, tokenizer, loaded.config.max_position_embeddings, data, column=column, sample_by=sample_by, limit=limit
     )
@@ -190,7 +191,7 @@ def generate(
         raise InputError(f"--beams {beams} gives at most {beams} texts for each prompt, not {number}.")
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise InputError("--seed must fit in 64 bits.")
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = _on_device(*load(model))
     prompts = prompt or []
     longest = max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0)
     room = loaded.config.max_position_embeddings - longest
@@ -241,7 +242,7 @@ def encode(
     if (text is None) == (data is None):
         raise InputError("give the texts either by --text or by --data.")
     check_latents_path(output)
-    loaded, tokenizer = load(model)
+    loaded, tokenizer = _on_device(*load(model))
     if data is not None:
         documents = read_documents(data, column=column, sample_by=sample_by or "line", limit=limit)
         text = [document.text for document in documents]
@@ -250,6 +251,12 @@ def encode(
     encoding.save(output)
     shape = " × ".join(map(str, encoding.mean.shape[1:]))
     typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
+
+
+def _on_device(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+    import torch
+
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _write_json(path: Path | None, content: Any) -> None:
@@ -265,10 +272,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not debug:
         warnings.filterwarnings("ignore")
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        transformers_logging.set_verbosity_error()
     try:
         # click's standalone mode would end the process itself and print a usage block for every mistake
-        status = app(standalone_mode=False)
+        status = app([word for word in sys.argv[1:] if word != "--debug"], standalone_mode=False)
     except typer.exceptions.TyperException as error:
         sys.exit(_complain(error.format_message(), debug))
     except (InputError, OSError) as error:

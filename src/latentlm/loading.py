@@ -37,7 +37,9 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
             more tokens than the model's vocabulary.
     """
     folder = Path(path)
-    if folder.exists() or str(path).startswith((".", "/", "~")):
+    # a hub name is OWNER/NAME; asking the hub for a misspelt folder would take a minute to fail
+    parts = folder.parts
+    if folder.exists() or len(parts) != 2 or Path(parts[0]).exists() or parts[0] in (".", "..", "~", "/"):
         _check_folder(folder)
     try:
         with no_progress_bars():

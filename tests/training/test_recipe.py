@@ -145,7 +145,7 @@ MISTAKES = [
     ("  hidden_size: 16", "  intermediate_size: 0", "intermediate_size"),
     ("  hidden_size: 16", "  max_position_embeddings: 8", "max_position_embeddings"),
     ("  vocab_size: 300", "  vocab_size: 10", "vocab_size"),
-    defect("  max_steps: 3", "  gradient_checkpointing: true", "gradient_checkpointing", reason="fails in the Trainer"),
+    ("  max_steps: 3", "  gradient_checkpointing: true", "gradient_checkpointing"),
     defect("  source: builtin:sentences", "  source: 2026-99-99", "source", reason="ValueError of the YAML reader"),
     # impossible combinations
     ("  hidden_size: 16", "  hidden_size: 14", "hidden_size", "num_attention_heads"),

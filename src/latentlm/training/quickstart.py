@@ -52,12 +52,13 @@ def quickstart(output: Path, *, data: str | None = None, seed: int = 0, console:
     figures, histories, models = {}, {}, {}
     for name, recipe in recipes.items():
         begun = time.perf_counter()
-        _, _, history = train(
+        trained, _, history = train(
             recipe, output / name, replace=True, corpus=corpus, callbacks=[ProgressLine(console, f"training {name}")]
         )
         seconds = time.perf_counter() - begun
         # what is measured is what was saved
         models[name], tokenizer = load(output / name)
+        models[name].to(trained.device)
         with counted(console, f"evaluating {name}") as on_progress:
             figures[name] = evaluate(models[name], corpus.validation, on_progress=on_progress)
         tokens = max(entry.get("tokens", 0) for entry in history)

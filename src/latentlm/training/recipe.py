@@ -27,6 +27,8 @@ from latentlm.latent_lm import LatentLM, LatentLMConfig
 
 # what latentlm sets itself, from the command line or because its datasets and loss need it
 _OURS = {"output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names", "disable_tqdm"}
+# what no family here follows yet
+_WITHOUT_EFFECT = {"gradient_checkpointing", "label_smoothing_factor"}
 # counts by which transformers would divide, or with which a run fails in its middle
 _AT_LEAST_ONE = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"}
 # the paper's schedule (Kong et al. 2025, appendix A.2); every one can be set in a recipe
@@ -142,6 +144,8 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise InputError(f"{name}, line {line}: not valid YAML: a character that it does not allow.") from error
+    except ValueError as error:  # a date that is none, for one
+        raise InputError(f"{name}: not valid YAML: {error}.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{name}, line {mark.line + 1}" if mark else name
@@ -246,6 +250,8 @@ def _check_training(training: Mapping[str, Any], places: Mapping[tuple[str, ...]
             raise InputError(f"{where}: training.{key} is set by latentlm itself: leave it out.")
         if key not in known:
             raise InputError(f"{where}: unknown key training.{key}{_hint(key, known)}.")
+        if key in _WITHOUT_EFFECT and value:
+            raise InputError(f"{where}: training.{key} is not supported yet: leave it out.")
         kind = known[key].type
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         whole = number and isinstance(value, int)

@@ -40,8 +40,9 @@ def _check_same_run(recipe: Recipe, output: Path) -> None:
     before = load_recipe(output / RECIPE_FILE).document
     for section in ("model", "data"):
         if before[section] != recipe.document[section]:
-            changed = {*before[section].items()} ^ {*recipe.document[section].items()}
-            names = ", ".join(sorted({f"{section}.{key}" for key, _ in changed}))
+            keys = sorted({*before[section], *recipe.document[section]})
+            changed = [key for key in keys if before[section].get(key) != recipe.document[section].get(key)]
+            names = ", ".join(f"{section}.{key}" for key in changed)
             raise InputError(f"{output} was begun with another recipe ({names}): resume with the one it began with.")
 
 

@@ -133,7 +133,8 @@ class _Statistics:
     def reset(self) -> None:
         self.nll = self.kl = self.beta = 0.0
         self.tokens = self.sequences = 0
-        self.means: list[torch.Tensor] = []
+        self.mean_sums: list[torch.Tensor] | None = None
+        self.comparable = True
 
     def add(self, outputs: LatentLMOutput, tokens: torch.Tensor, beta: float) -> None:
         self.beta = beta
@@ -141,7 +142,13 @@ class _Statistics:
         self.kl += float(outputs["kl"].detach().sum())
         self.tokens += int(tokens)
         self.sequences += len(outputs["nll"])
-        self.means.append(outputs["posterior_mean"].detach().float())
+        mean = outputs["posterior_mean"].detach().double()
+        sums = [mean.sum(0), mean.square().sum(0)]
+        if self.mean_sums is not None and self.mean_sums[0].shape != sums[0].shape:
+            self.comparable = False  # trajectories of different lengths have no units in common
+        elif self.comparable:
+            earlier = self.mean_sums or [torch.zeros_like(part) for part in sums]
+            self.mean_sums = [one + other for one, other in zip(earlier, sums, strict=True)]
 
     def summary(self, state: TrainerState, model: LatentLM, start_time: float | None) -> dict[str, float]:
         self.seen_in_session += self.tokens
@@ -157,9 +164,8 @@ class _Statistics:
         }
         if start_time is not None:
             figures["tokens_per_second"] = self.seen_in_session / (time.time() - start_time)
-        if len({tuple(mean.shape[1:]) for mean in self.means}) == 1:
-            means = torch.cat(self.means)
-            variance = (means - means.mean(0)).square().mean(0)
-            figures["active_units"] = float((variance > 0.01 * model.prior(1, 1).variance[0]).sum())
+        if self.comparable and self.mean_sums is not None:
+            mean, square = (part / self.sequences for part in self.mean_sums)
+            figures["active_units"] = float((square - mean.square() > 0.01 * model.prior(1, 1).variance[0]).sum())
         self.reset()
         return figures
