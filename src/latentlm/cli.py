@@ -40,7 +40,7 @@ Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved mode
 Seed = Annotated[int, typer.Option(help="Seed of all noise.")]
 Column = Annotated[str | None, typer.Option(help="Text column of a table: its name, or its number from 1.")]
 SampleBy = Annotated[str | None, typer.Option(help="What of a text file is one document: line, paragraph or document.")]
-Limit = Annotated[int | None, typer.Option(help="Read only so many documents.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read only so many documents.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; changes speed and memory, no figure.")]
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
@@ -92,7 +92,7 @@ def train(
 ) -> None:
     """Train what a recipe says.
 
-    Example: latentlm train recipes/ltm-wikitext2-3m.yaml data.source=train.txt data.validation=valid.txt
+    Example: latentlm train recipes/ltm-wikitext2-700k.yaml data.source=train.txt data.validation=valid.txt
     """
     from latentlm.training.progress import ProgressLine
     from latentlm.training.recipe import load_recipe
@@ -191,8 +191,10 @@ def generate(
         raise InputError(f"--beams {beams} gives at most {beams} texts for each prompt, not {number}.")
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise InputError("--seed must fit in 64 bits.")
-    loaded, tokenizer = _on_device(*load(model))
     prompts = prompt or []
+    if any("\ud800" <= letter <= "\udfff" for text in prompts for letter in text):
+        raise InputError("--prompt is not UTF-8 text.")
+    loaded, tokenizer = _on_device(*load(model))
     longest = max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0)
     room = loaded.config.max_position_embeddings - longest
     if max_new_tokens is None and room < 1:
@@ -220,7 +222,9 @@ def generate(
 @app.command()
 def encode(
     model: Model,
-    output: Annotated[Path, typer.Option(help=".npz or .parquet with ids, means and variances.")],
+    output: Annotated[
+        Path, typer.Option(help=".npz (ids, mean, variance) or .parquet (id, flat mean and variance, shape).")
+    ],
     text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
     data: Annotated[str | None, typer.Option(help=_DATA_HELP)] = None,
     column: Column = None,
@@ -243,6 +247,8 @@ def encode(
         raise InputError("give the texts either by --text or by --data.")
     check_latents_path(output)
     loaded, tokenizer = _on_device(*load(model))
+    if not loaded.prior(1, 1).event_shape.numel():
+        raise InputError(f"{model} is a {type(loaded).__name__} and has no latents: give a model of another family.")
     if data is not None:
         documents = read_documents(data, column=column, sample_by=sample_by or "line", limit=limit)
         text = [document.text for document in documents]

@@ -71,6 +71,9 @@ def train(
     checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
     if checkpoint is not None:
         _check_same_run(recipe, output)
+        done = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+        if 0 < recipe.training.get("max_steps", -1) <= done:
+            raise InputError(f"{output} has trained {done} steps already: raise training.max_steps to go on.")
     if resume and checkpoint is None:
         raise InputError(f"{output} has no checkpoint to resume from: leave --resume out to start.")
     holds_run = any(output.glob("checkpoint-*")) or (output / "config.json").exists()
