@@ -86,7 +86,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
     _supports_flex_attn = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    _no_split_modules = ["DecoderBlock"]
+    _no_split_modules = ["TransformerBlock"]
 
     def hidden_states(
         self,
@@ -188,6 +188,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         *,
         max_new_tokens: int = 64,
         num_return_sequences: int = 1,
+        reinfer_every: int | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -199,6 +200,8 @@ class CausalLatentLM(LatentLM, GenerationMixin):
                 from the prior.
             num_return_sequences: texts for each prompt; each has a z of its own unless `latents` are given or beams are
                 searched (beams share their prompt's z).
+            reinfer_every: infer z afresh from all the text so far after so many new tokens, and go on with a new draw
+                (Kong et al. 2025, section 2.3, the alternative sampling scheme). None keeps the first z.
             seed: makes the call repeatable and leaves torch's global generator alone; None draws from that generator.
             kwargs: anything else of `GenerationMixin.generate`: do_sample, temperature, top_k, top_p, num_beams …
 
@@ -208,6 +211,11 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         """
         if max_new_tokens < 1 or num_return_sequences < 1:
             raise InputError("max_new_tokens and num_return_sequences must be at least 1.")
+        if reinfer_every is not None:
+            if reinfer_every < 1:
+                raise InputError(f"reinfer_every must be at least 1, not {reinfer_every}.")
+            if (kwargs.get("num_beams") or 1) > 1 or kwargs.get("return_dict_in_generate"):
+                raise InputError("reinfer_every goes neither with beams nor with return_dict_in_generate.")
         if input_ids is None:
             rows = 1 if latents is None else len(latents)
             input_ids = torch.full((rows, 1), self._bos(), device=self.device)
@@ -229,6 +237,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
                 raise InputError(
                     f"{beams} beams give at most {beams} texts for each prompt, not {num_return_sequences}."
                 )
+            latents_given = latents is not None
             if latents is None:
                 draws = num_return_sequences if beams == 1 else 1
                 latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens, draws, seed)
@@ -241,16 +250,70 @@ class CausalLatentLM(LatentLM, GenerationMixin):
                 raise InputError(
                     f"{len(latents)} latents do not fit {len(input_ids)} prompts: give one for each, or one."
                 )
+            if reinfer_every is not None and latents_given:
+                draws = num_return_sequences
+                latents = latents.repeat_interleave(draws, 0)
+            input_ids = input_ids.repeat_interleave(draws, 0)
+            attention_mask = attention_mask.repeat_interleave(draws, 0)
+            if reinfer_every is not None:
+                return self._generate_reinferring(
+                    input_ids,
+                    attention_mask,
+                    latents,
+                    condition,
+                    every=reinfer_every,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    **kwargs,
+                )
             if (cache := self.new_cache()) is not None and kwargs.get("use_cache", True):
                 kwargs.setdefault("past_key_values", cache)
             return super().generate(
-                input_ids.repeat_interleave(draws, 0),
-                attention_mask=attention_mask.repeat_interleave(draws, 0),
+                input_ids,
+                attention_mask=attention_mask,
                 latents=latents,
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_return_sequences // draws,
                 **kwargs,
             )
+
+    def _generate_reinferring(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        latents: Tensor,
+        condition: Any,
+        *,
+        every: int,
+        max_new_tokens: int,
+        seed: int | None,
+        **kwargs: Any,
+    ) -> Int64[Tensor, "rows time"]:
+        """Parts of `every` tokens; a row that has ended is padded on the right and takes part no more."""
+        ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
+        ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends], device=self.device)
+        pad = self.config.pad_token_id or 0
+        text, ended = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=self.device)
+        for begin in range(0, max_new_tokens, every):
+            if begin:
+                latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens - begin, 1, seed)
+            new_tokens = min(every, max_new_tokens - begin)
+            given = {**kwargs, "past_key_values": self.new_cache()} if kwargs.get("use_cache", True) else kwargs
+            rows = super().generate(
+                input_ids, attention_mask=attention_mask, latents=latents, max_new_tokens=new_tokens, **given
+            )
+            new = rows[:, input_ids.shape[1] :].masked_fill(ended[:, None], pad)
+            is_end = torch.isin(new, ends) & ~ended[:, None]
+            after_end = is_end.cumsum(1) - is_end.long() > 0
+            real = (~after_end & ~ended[:, None]).long()
+            ended = ended | is_end.any(1)
+            text = torch.cat((text, new), dim=1)
+            input_ids, attention_mask = _padded_left(
+                torch.cat((input_ids, new), dim=1), torch.cat((attention_mask, real), dim=1)
+            )
+            if bool(ended.all()):
+                break
+        return text
 
     def _latents_for(
         self,
@@ -289,6 +352,14 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         if attention_mask is None:
             return torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
         return (attention_mask.cumsum(1) - 1).clamp_min(0)[:, seen : seen + input_ids.shape[1]]
+
+    def _spread(self, number: int) -> Float[Tensor, "1 number"]:
+        """Positions of vectors that layers attend to, evenly spaced over the context, whatever this text's length.
+
+        So a prefix sees what the whole text saw.
+        """
+        spacing = self.config.max_position_embeddings / number
+        return (torch.arange(number, device=self.device)[None] + 0.5) * spacing
 
     def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Any:
         make = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask

@@ -41,6 +41,10 @@ Seed = Annotated[int, typer.Option(help="Seed of all noise.")]
 Column = Annotated[str | None, typer.Option(help="Text column of a table: its name, or its number from 1.")]
 SampleBy = Annotated[str | None, typer.Option(help="What of a text file is one document: line, paragraph or document.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only so many documents.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Infer otherwise than in training, as inference_steps=64."),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; changes speed and memory, no figure.")]
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
@@ -53,6 +57,7 @@ def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
 ) -> None:
+    context.obj = threads
     if threads is None and context.invoked_subcommand == "quickstart":
         threads = min(_QUICKSTART_THREADS, os.cpu_count() or 1)
     if threads is not None:
@@ -120,6 +125,55 @@ def train(
 
 
 @app.command()
+def sweep(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="A sweep, a YAML file.", metavar="SWEEP")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to every run of it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; by default runs/NAME-OF-THE-SWEEP.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; the cores are divided among them.")] = 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Train and score many models as a sweep says; show a table for each study, and a plot.
+
+    What is done already in the folder is kept, so a sweep that was stopped goes on when it is started again.
+
+    Example: latentlm sweep recipes/sweeps/ltm-stories.yaml --jobs 2
+    """
+    from latentlm.evaluation.studies import study_plots, study_table
+    from latentlm.training.progress import counted
+    from latentlm.training.sweep import load_sweep, over_seeds, run_sweep
+
+    console = Console()
+    checked = load_sweep(recipe, overrides or [])
+    folder = output or Path("runs") / Path(recipe).stem
+    failures: list[str] = []
+    console.print(f"{len(checked.runs)} models to train, {len(checked.trials)} rows of figures, in {folder}")
+    with counted(console, "sweeping") as on_progress:
+        rows = run_sweep(
+            checked,
+            folder,
+            jobs=jobs,
+            threads=context.obj,
+            on_progress=on_progress,
+            on_failure=failures.append,
+        )
+    merged = over_seeds(rows)
+    shown = {name: [row for row in merged if row["study"] == name] for name in checked.studies}
+    for name, of_study in shown.items():
+        if of_study:
+            console.print(study_table(name, of_study))
+    plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items() if of_study}
+    if plots:
+        study_plots(plots, folder / "studies.png")
+    _write_json(json_file, rows)
+    if failures:
+        raise InputError(f"{len(failures)} of {len(checked.runs)} runs failed: {'; '.join(failures)}")
+    console.print(f"plot: {folder / 'studies.png'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def evaluate(
     model: Model,
     data: Annotated[
@@ -129,6 +183,17 @@ def evaluate(
     sample_by: SampleBy = None,
     limit: Limit = None,
     iw_samples: Annotated[int, typer.Option(min=1, help="K of the importance-weighted bound.")] = 16,
+    protocol: Annotated[
+        str, typer.Option(help="honest, or paper: beside it what the family's published code would report.")
+    ] = "honest",
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=0, help="Score what follows so many tokens, too, with z inferred from them alone.")
+    ] = None,
+    reinfer_every: Annotated[
+        int | None, typer.Option(min=1, help="With --prompt-tokens: infer z afresh after so many tokens.")
+    ] = None,
+    prior_samples: Annotated[int, typer.Option(min=0, help="Measure the variety of so many texts from the prior.")] = 0,
+    settings: Settings = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     json_file: JsonFile = None,
@@ -138,21 +203,31 @@ def evaluate(
     Example: latentlm evaluate runs/quickstart/ltm --iw-samples 64 --json figures.json
     """
     from latentlm.data.recipe import evaluation_sequences
-    from latentlm.evaluation.likelihood import evaluate as run
+    from latentlm.evaluation.measure import measure
     from latentlm.evaluation.report import table
     from latentlm.loading import load
     from latentlm.training.progress import counted
 
     console = Console()
     loaded, tokenizer = _on_device(*load(model))
+    _change_inference(loaded, settings)
     sequences = evaluation_sequences(
         model, tokenizer, loaded.config.max_position_embeddings, data, column=column, sample_by=sample_by, limit=limit
     )
     if truncated := getattr(sequences, "truncated", 0):
         console.print(f"{truncated} texts are longer than {loaded.config.max_position_embeddings} tokens and are cut.")
     with counted(console, "evaluating") as on_progress:
-        figures = run(
-            loaded, sequences, batch_size=batch_size, iw_samples=iw_samples, seed=seed, on_progress=on_progress
+        figures = measure(
+            loaded,
+            sequences,
+            protocol=protocol,  # type: ignore[arg-type]
+            iw_samples=iw_samples,
+            prompt_tokens=prompt_tokens,
+            reinfer_every=reinfer_every,
+            prior_samples=prior_samples,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=on_progress,
         )
     caption = f"{data or 'validation data of its recipe'}, seed {seed}"
     console.print(caption, markup=False, highlight=False, soft_wrap=True)
@@ -175,6 +250,10 @@ def generate(
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = 1.0,
     beams: Annotated[int, typer.Option(min=1, help="Width of a beam search.")] = 1,
+    reinfer_every: Annotated[
+        int | None, typer.Option(min=1, help="Infer z afresh from the text so far after so many new tokens.")
+    ] = None,
+    settings: Settings = None,
     seed: Annotated[int | None, typer.Option(help="Makes the call repeatable.")] = None,
     json_file: JsonFile = None,
 ) -> None:
@@ -195,6 +274,7 @@ def generate(
     if any("\ud800" <= letter <= "\udfff" for text in prompts for letter in text):
         raise InputError("--prompt is not UTF-8 text.")
     loaded, tokenizer = _on_device(*load(model))
+    _change_inference(loaded, settings)
     longest = max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0)
     room = loaded.config.max_position_embeddings - longest
     if max_new_tokens is None and room < 1:
@@ -211,6 +291,7 @@ def generate(
         num_return_sequences=number,
         max_new_tokens=max_new_tokens or room,
         num_beams=beams,
+        reinfer_every=reinfer_every,
         seed=seed,
         **sampling,
     )
@@ -230,6 +311,7 @@ def encode(
     column: Column = None,
     sample_by: SampleBy = None,
     limit: Limit = None,
+    settings: Settings = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
 ) -> None:
@@ -247,6 +329,7 @@ def encode(
         raise InputError("give the texts either by --text or by --data.")
     check_latents_path(output)
     loaded, tokenizer = _on_device(*load(model))
+    _change_inference(loaded, settings)
     if not loaded.prior(1, 1).event_shape.numel():
         raise InputError(f"{model} is a {type(loaded).__name__} and has no latents: give a model of another family.")
     if data is not None:
@@ -257,6 +340,22 @@ def encode(
     encoding.save(output)
     shape = " × ".join(map(str, encoding.mean.shape[1:]))
     typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
+
+
+def _change_inference(model: Any, settings: list[str] | None) -> None:
+    import yaml
+
+    changes = {}
+    for setting in settings or []:
+        name, separator, value = setting.partition("=")
+        if not separator or not name:
+            raise InputError(f"--set {setting!r} is not of the form FIELD=VALUE, as in inference_steps=64.")
+        try:
+            changes[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--set {setting!r}: the value is not valid YAML.") from error
+    if changes:
+        model.change_inference(**changes)
 
 
 def _on_device(model: Any, tokenizer: Any) -> tuple[Any, Any]:

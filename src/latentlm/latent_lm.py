@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from latentlm.distributions import Stream, kl_per_dimension, sample_from_noise, sequence_keys, sequence_noise
-from latentlm.errors import InputError
+from latentlm.errors import InputError, one_sentence
 from latentlm.objective import elbo, free_bits
 from latentlm.schedules import warm_up
 
@@ -88,7 +88,7 @@ class LatentLMOutput(ModelOutput):
 
     Without latents (training, scoring): `loss` in nats per scored token, Σ (nll + β · charge) / Σ scored tokens;
     `nll` = −log p(x | z) and `kl` = KL(q ‖ p), both [batch] in nats per sequence and raw; `latents` and
-    `posterior_mean` [batch, *event].
+    `posterior_mean` [batch, *event]. Training on samples that have no density has neither KL nor posterior mean.
     With latents (a step of generation): `logits` [batch, time, vocabulary] of the token after each one given, and the
     cache.
     """
@@ -100,6 +100,19 @@ class LatentLMOutput(ModelOutput):
     kl: Tensor | None = None
     latents: Tensor | None = None
     posterior_mean: Tensor | None = None
+
+
+@dataclass
+class TrainingInference:
+    """What an inference gives to training: a posterior, or latents that a sampler without density drew.
+
+    `loss` [batch], nats per sequence: what the inference's own parameters learn from beside the ELBO. It moves them by
+    its gradient, and its value stays out of the model's loss, which remains the ELBO.
+    """
+
+    posterior: Distribution | None = None
+    latents: Tensor | None = None
+    loss: Tensor | None = None
 
 
 class LatentLM(PreTrainedModel):
@@ -217,25 +230,73 @@ class LatentLM(PreTrainedModel):
             seed = int(torch.randint(2**62, ())) if self.training else 0
         scored = self.scored_tokens(input_ids, attention_mask)
         prior = self.prior(len(input_ids), scored.sum(1), condition)
-        posterior = self.infer(input_ids, attention_mask, condition, seed=seed)
-        keys = sequence_keys(input_ids, attention_mask)
-        noise = sequence_noise(keys, tuple(posterior.event_shape), seed=seed, stream=Stream.SCORE)
-        latents = sample_from_noise(posterior, noise)
-        log_likelihood = self.log_likelihood(latents, input_ids, attention_mask, condition).sum(-1)
-        kl = kl_divergence(posterior, prior)
-        charge, beta = kl, 1.0
         if self.training:
-            beta = self.beta
-            if self.config.free_bits:
-                charge = free_bits(kl_per_dimension(posterior, prior), self.config.free_bits)
+            inference = self.infer_for_training(input_ids, attention_mask, condition, seed=seed)
+        else:
+            inference = TrainingInference(self.infer(input_ids, attention_mask, condition, seed=seed))
+        posterior, latents, kl = inference.posterior, inference.latents, None
+        if posterior is not None:
+            keys = sequence_keys(input_ids, attention_mask)
+            noise = sequence_noise(keys, tuple(posterior.event_shape), seed=seed, stream=Stream.SCORE)
+            latents = sample_from_noise(posterior, noise)
+            kl = kl_divergence(posterior, prior)
+        assert latents is not None
+        log_likelihood = self.log_likelihood(latents, input_ids, attention_mask, condition).sum(-1)
+        if kl is None:
+            bound = log_likelihood + _gradient_alone(prior.log_prob(latents))
+        elif self.training and posterior is not None:
+            free = self.config.free_bits
+            bound = elbo(log_likelihood, free_bits(kl_per_dimension(posterior, prior), free) if free else kl, self.beta)
+        else:
+            bound = elbo(log_likelihood, kl)
+        if inference.loss is not None:
+            bound = bound - _gradient_alone(inference.loss)
         denominator = scored.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return LatentLMOutput(
-            loss=-elbo(log_likelihood, charge, beta).sum() / denominator,
+            loss=-bound.sum() / denominator,
             nll=-log_likelihood,
             kl=kl,
             latents=latents,
-            posterior_mean=posterior.mean,
+            posterior_mean=None if posterior is None else posterior.mean,
         )
+
+    def infer_for_training(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+        *,
+        seed: int,
+    ) -> TrainingInference:
+        """What the weights are trained on: `infer`, unless a family has a sampler or an inference model with a loss."""
+        return TrainingInference(self.infer(input_ids, attention_mask, condition, seed=seed))
+
+    def change_inference(self, **changes: Any) -> None:
+        """Sets fields of the config that say how q is found and change no weight: those named inference….
+
+        For a comparison of inferences on the same weights, as `model.change_inference(inference_steps=64)`.
+
+        Raises:
+            InputError: no such field, a value that it does not take, or one that needs weights this model lacks.
+        """
+        known = sorted(f.name for f in fields(self.config) if f.name.startswith("inference"))
+        for name in changes.keys() - set(known):
+            raise InputError(
+                f"{name} does not say how a {type(self).__name__} infers"
+                + (f": its fields for that are {', '.join(known)}." if known else ": it has nothing to set.")
+            )
+        values = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        try:
+            config = type(self.config)(**{**values, **changes})
+        except Exception as error:  # strict configs raise their own kinds
+            raise InputError(one_sentence(error)) from error
+        with torch.device("meta"):
+            needed = {name for name, _ in type(self)(config).named_parameters()}
+        if missing := sorted(needed - {name for name, _ in self.named_parameters()}):
+            settings = ", ".join(f"{name}={value}" for name, value in changes.items())
+            raise InputError(f"{settings} needs weights that this model was trained without (for one, {missing[0]}).")
+        for name in changes:
+            setattr(self.config, name, getattr(config, name))
 
     def draw_latents(
         self, distribution: Distribution, keys: Int64[Tensor, " batch"], samples: int, *, seed: int, stream: Stream
@@ -258,6 +319,11 @@ class LatentLM(PreTrainedModel):
             )
         if not bool(torch.isfinite(latents).all()):
             raise InputError("latents hold values that are not finite: check how they were made.")
+
+
+def _gradient_alone(value: Tensor) -> Tensor:
+    """Zero, with the gradient of `value`."""
+    return value - value.detach()
 
 
 def number_of_parameters(model: torch.nn.Module) -> int:

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import flash_attention_mask
 
-from latentlm.layers import DecoderBlock, rotation
+from latentlm.layers import TransformerBlock, rotation
 from latentlm.layers.transformer import Attention, SwiGLU, rotate
 
 WIDTH, THETA = 8, 10000.0
@@ -125,7 +125,7 @@ def test_a_block_adds_its_parts(x):
 
 def test_a_block_without_latents_has_no_weights_for_them():
     config = small_config("autoregressive")
-    names = {name for name, _ in DecoderBlock(config, 0).named_parameters()}
+    names = {name for name, _ in TransformerBlock(config, 0).named_parameters()}
     assert names and not any("cross" in name for name in names)
     assert Attention(config, 0, memory_size=5).key.weight.shape == (16, 5)
 

@@ -31,6 +31,8 @@ class Stream(IntEnum):
     IMPORTANCE = 2
     PRIOR = 3
     GENERATION = 4
+    LANGEVIN = 5
+    CONTINUATION = 6
 
 
 def _signed(value: int) -> int:

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.utils.data import Dataset
 
-from latentlm.data import Collator, length_buckets
 from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
+from latentlm.evaluation.batches import evaluating, in_batches, synchronised
 from latentlm.latent_lm import LatentLM, number_of_parameters
 from latentlm.objective import elbo, importance_weighted_bound
 
@@ -54,46 +54,29 @@ def evaluate(
         `active_units` those with Var_x E_q[z] > 0.01 × prior variance (Burda et al. 2016, section 5.1). Where latents
         differ in shape from text to text (trajectories), the statistics that compare them are None.
     """
-    if iw_samples < 1 or batch_size < 1:
-        raise InputError("iw_samples and batch_size must be at least 1.")
-    if len(sequences) == 0:  # type: ignore[arg-type]
-        raise InputError("there is no sequence to evaluate: the data is empty.")
+    if iw_samples < 1:
+        raise InputError("iw_samples must be at least 1.")
     samples = 1 if model.exact else iw_samples
-    lengths, hashes = [], []
-    for index in range(len(sequences)):  # type: ignore[arg-type]
-        input_ids = sequences[index]["input_ids"]
-        lengths.append(len(input_ids))
-        hashes.append((zlib.crc32(input_ids.numpy().tobytes()), index))
+    number = len(sequences)  # type: ignore[arg-type]
+    hashes = sorted((zlib.crc32(sequences[index]["input_ids"].numpy().tobytes()), index) for index in range(number))
     # by their hash, so that the data's order does not choose them
-    compared = {index for _, index in sorted(hashes)[:MUTUAL_INFORMATION_SEQUENCES]}
-    collate = Collator(model.config.pad_token_id or 0)
+    compared = {index for _, index in hashes[:MUTUAL_INFORMATION_SEQUENCES]}
     totals = dict.fromkeys(("elbo", "iw", "reconstruction", "kl", "prior"), 0.0)
-    tokens = num_bytes = done = 0
+    tokens = 0
     statistics = LatentStatistics()
-    training = [module for module in model.modules() if module.training]
-    model.eval()
     start = time.perf_counter()
-    try:
-        for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
-            batch = collate([sequences[index] for index in indices])
-            input_ids = batch["input_ids"].to(model.device)
-            attention_mask = batch["attention_mask"].to(model.device)
+    with evaluating(model):
+        for indices, input_ids, attention_mask in in_batches(model, sequences, batch_size, on_progress):
             figures = score(model, input_ids, attention_mask, samples=samples, seed=seed, statistics=statistics)
             statistics.choose([index in compared for index in indices])
             for name in totals:
                 totals[name] += float(figures[name].double().sum())
             tokens += int(model.scored_tokens(input_ids, attention_mask).sum())
-            num_bytes += int(batch["num_bytes"].sum())
-            done += len(indices)
-            if on_progress is not None:
-                on_progress(done, len(lengths))
-    finally:
-        for module in training:
-            module.training = True
     seconds = time.perf_counter() - start
+    num_bytes = sum(int(sequences[index]["num_bytes"]) for index in range(number))
     per_token = {name: total / tokens for name, total in totals.items()}
     return {
-        "sequences": len(lengths),
+        "sequences": number,
         "tokens": tokens,
         "bytes": num_bytes,
         "parameters": number_of_parameters(model),
@@ -103,7 +86,7 @@ def evaluate(
         "iw_samples": samples,
         "reconstruction_nll_per_token": per_token["reconstruction"],
         "kl_per_token": per_token["kl"],
-        "kl_per_sequence": totals["kl"] / len(lengths),
+        "kl_per_sequence": totals["kl"] / number,
         "prior_nll_per_token": per_token["prior"],
         "elbo_perplexity": _perplexity(per_token["elbo"]),
         "iw_perplexity": _perplexity(per_token["iw"]),
@@ -112,6 +95,7 @@ def evaluate(
         **statistics.summary(),
         "protocol": "honest",
         "seconds": seconds,
+        "inference_seconds": statistics.inference_seconds,
         "tokens_per_second": tokens / seconds,
     }
 
@@ -135,7 +119,10 @@ def score(
     """NLLs and KL of each sequence in nats: keys elbo, iw, reconstruction, kl, prior, as this module explains them."""
     lengths = model.scored_tokens(input_ids, attention_mask).sum(1)
     prior = model.prior(len(input_ids), lengths)
+    begun = time.perf_counter()
     posterior = model.infer(input_ids, attention_mask, seed=seed)
+    synchronised(model.device)
+    inference_seconds = time.perf_counter() - begun
     keys = sequence_keys(input_ids, attention_mask)
     # one sample at a time: K of them at once would need K times the memory of a training step
     log_likelihood, log_prior, log_posterior, under_prior = [], [], [], []
@@ -153,6 +140,7 @@ def score(
     zeros = torch.zeros_like(prior_likelihoods)
     if statistics is not None:
         statistics.add(posterior, prior, latents[0])
+        statistics.inference_seconds += inference_seconds
     return {
         "elbo": -elbo(likelihoods, kl),
         "iw": -importance_weighted_bound(likelihoods, torch.stack(log_prior), torch.stack(log_posterior)),
@@ -163,10 +151,11 @@ def score(
 
 
 class LatentStatistics:
-    """Active units and mutual information, gathered batch by batch."""
+    """Active units, mutual information and what inference cost, gathered batch by batch."""
 
     def __init__(self) -> None:
         self.count = 0
+        self.inference_seconds = 0.0
         self.comparable = True
         self.sum = self.sum_of_squares = self.prior_variance = torch.zeros(0)
         self.kept: list[tuple[Distribution, Tensor, Tensor]] = []

@@ -16,7 +16,9 @@ def table(figures: Mapping[str, Figures]) -> Table:
     for name in figures:
         rows.add_column(name, justify="right")
     for label, show in _ROWS:
-        rows.add_row(label, *(show(one) for one in figures.values()))
+        cells = [show(one) for one in figures.values()]
+        if label in _ALWAYS or set(cells) != {"–"}:
+            rows.add_row(label, *cells)
     return rows
 
 
@@ -26,6 +28,15 @@ def _bound(key: str, digits: int = 4) -> Any:
 
 def _latent(key: str, form: str) -> Any:
     return lambda one: "–" if one["exact"] or one[key] is None else format(one[key], form)
+
+
+def _given(key: str, form: str) -> Any:
+    return lambda one: "–" if one.get(key) is None else format(one[key], form)
+
+
+def _distinct(one: Figures) -> str:
+    values = [one.get(f"distinct_{n}") for n in (1, 2, 3)]
+    return "–" if None in values else ", ".join(f"{value:.3f}" for value in values)
 
 
 _ROWS: Sequence[tuple[str, Any]] = (
@@ -53,7 +64,18 @@ _ROWS: Sequence[tuple[str, Any]] = (
         lambda one: f"{one['training_tokens_per_second']:,.0f}" if "training_tokens_per_second" in one else "–",
     ),
     ("evaluation tokens/s", lambda one: f"{one['tokens_per_second']:,.0f}"),
+    ("as published: NLL (no bound)", _given("published_nll_per_token", ".4f")),
+    ("as published: perplexity (no bound)", _given("published_perplexity", ".3f")),
+    ("continuation, nats/token", _given("continuation_nll_per_token", ".4f")),
+    ("  after a prompt of tokens", _given("prompt_tokens", "d")),
+    ("  z inferred every … tokens", _given("reinfer_every", "d")),
+    ("prior samples: entropy, nats", _given("sample_entropy_nats", ".3f")),
+    ("prior samples: distinct-1, -2, -3", _distinct),
+    ("prior samples/s", _given("samples_per_second", ".1f")),
 )
+
+
+_ALWAYS = {"tokens trained on"}
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Ways to find q(z | x) for any latent language model."""
+"""Ways to find q(z | x), or samples of p(z | x), for any latent language model."""
 
 from latentlm.inference.gradient import held, infer_by_gradient
+from latentlm.inference.langevin import langevin
 
-__all__ = ["held", "infer_by_gradient"]
+__all__ = ["held", "infer_by_gradient", "langevin"]

@@ -68,6 +68,8 @@ def infer_by_gradient(
     seed: int = 0,
     beta: float = 1.0,
     nats_free_per_dimension: float = 0.0,
+    renew_noise: bool = True,
+    on_step: Callable[[int, Tensor, tuple[Tensor, Tensor]], None] | None = None,
 ) -> Independent:
     """Diagonal Gaussian q(z | x) after `steps` steps of Adam on (μ, log σ²) of each row.
 
@@ -85,6 +87,10 @@ def infer_by_gradient(
             it moves by the whole rate along its noise and pays KL for nothing.
         seed: noise is a function of (seed, sequence, step).
         beta, nats_free_per_dimension: the objective's KL weight and free bits; the defaults give the ELBO.
+        renew_noise: False draws one noise for all steps, as the published code does. A q that was fitted to one noise
+            is over-confident, and no score with that noise is a bound; it is here to show by how much.
+        on_step: called before step t with (t, the objective of each row [batch] in nats by one sample, its gradients in
+            μ and log σ² [batch, *event]).
     """
     # tensors made under inference_mode cannot enter autograd; a clone made outside it can
     with torch.inference_mode(False):
@@ -101,15 +107,18 @@ def infer_by_gradient(
             for parameter in parameters:
                 parameter.requires_grad_(True)
             posterior = diagonal_gaussian(mean, log_variance)
-            noise = sequence_noise(keys, tuple(mean.shape[1:]), seed=seed, stream=Stream.INFERENCE, step=step)
+            draw = step if renew_noise else 0
+            noise = sequence_noise(keys, tuple(mean.shape[1:]), seed=seed, stream=Stream.INFERENCE, step=draw)
             latents = sample_from_noise(posterior, noise)
             log_likelihood = model.log_likelihood(latents, input_ids, attention_mask, condition)
             if nats_free_per_dimension:
                 kl = free_bits(kl_per_dimension(posterior, prior), nats_free_per_dimension)
             else:
                 kl = kl_divergence(posterior, prior)
-            bound = elbo(log_likelihood.sum(-1), kl, beta).sum()
-            gradients = torch.autograd.grad(bound, parameters)
+            bound = elbo(log_likelihood.sum(-1), kl, beta)
+            gradients = torch.autograd.grad(bound.sum(), parameters)
+            if on_step is not None:
+                on_step(step, bound.detach(), (gradients[0], gradients[1]))
             with torch.no_grad():
                 rate = learning_rate(step)
                 for parameter, gradient, moment in zip(parameters, gradients, moments, strict=True):

@@ -1,6 +1,14 @@
 """Layers that know nothing of what latents mean."""
 
+from latentlm.layers.encoder import AttentionPooling, BidirectionalEncoder
 from latentlm.layers.projection import token_log_likelihood
-from latentlm.layers.transformer import DecoderBlock, rotation, self_cache
+from latentlm.layers.transformer import TransformerBlock, rotation, self_cache
 
-__all__ = ["DecoderBlock", "rotation", "self_cache", "token_log_likelihood"]
+__all__ = [
+    "AttentionPooling",
+    "BidirectionalEncoder",
+    "TransformerBlock",
+    "rotation",
+    "self_cache",
+    "token_log_likelihood",
+]

@@ -37,16 +37,17 @@ class Attention(nn.Module):
 
     Args:
         memory_size: width of the memory's vectors; None for self-attention.
+        causal: whether self-attention looks back only, through the config's window; otherwise it looks everywhere.
     """
 
     num_key_value_groups = 1  # read by the attention interface of transformers
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, memory_size: int | None = None):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, memory_size: int | None = None, causal: bool = True):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_size = config.hidden_size // config.num_attention_heads
-        self.is_causal = memory_size is None
+        self.is_causal = causal and memory_size is None
         self.sliding_window = config.sliding_window if self.is_causal else None
         size = config.hidden_size
         self.query = nn.Linear(size, size, bias=False)
@@ -118,17 +119,18 @@ class SwiGLU(nn.Module):
         return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
 
 
-class DecoderBlock(nn.Module):
+class TransformerBlock(nn.Module):
     """Pre-norm block: x + self-attention, + attention to latents where there are any, + SwiGLU.
 
     Args:
         latent_size: width of this layer's latents; None for a block without them (the control's).
+        causal: False for a block that looks both ways (an encoder's).
     """
 
-    def __init__(self, config: PreTrainedConfig, layer_idx: int, latent_size: int | None = None):
+    def __init__(self, config: PreTrainedConfig, layer_idx: int, latent_size: int | None = None, causal: bool = True):
         super().__init__()
         self.self_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attention = Attention(config, layer_idx)
+        self.self_attention = Attention(config, layer_idx, causal=causal)
         if latent_size is not None:
             self.cross_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.cross_attention = Attention(config, layer_idx, memory_size=latent_size)

@@ -57,6 +57,8 @@ class ProgressLine(TrainerCallback):
         if logs and "nll_per_token" in logs:
             self.figures = (
                 f"ELBO {logs['elbo_nll_per_token']:.3f} nats/token, KL {logs['kl_per_sequence']:.2f} nats/sequence"
+                if "elbo_nll_per_token" in logs
+                else f"NLL under sampled z {logs['nll_per_token']:.3f} nats/token"
             )
             if "tokens_per_second" in logs:
                 self.figures += f", {logs['tokens_per_second']:,.0f} tokens/s"

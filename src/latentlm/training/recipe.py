@@ -109,15 +109,15 @@ class Recipe:
         )
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """YAML 1.1 reads 4e-4 as a string and no as false; people who train models mean a number and a word."""
 
 
-_Loader.yaml_implicit_resolvers = {
+Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not (tag.endswith(":bool") and first not in "tTfF")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 
@@ -139,8 +139,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """As `load_recipe`, from the recipe's text; `name` is what errors call it."""
     try:
-        node = yaml.compose(text, _Loader)
-        document = yaml.load(text, _Loader)
+        node = yaml.compose(text, Loader)
+        document = yaml.load(text, Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise InputError(f"{name}, line {line}: not valid YAML: a character that it does not allow.") from error
@@ -185,7 +185,7 @@ def _apply(document: dict[str, Any], override: str, places: dict[tuple[str, ...]
     if not separator or not dot or not key:
         raise InputError(f"override {override!r} is not of the form section.key=value, as in training.max_steps=100.")
     try:
-        value = yaml.load(text, _Loader)
+        value = yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: the value is not valid YAML.") from error
     if not isinstance(document.setdefault(section, {}), dict):

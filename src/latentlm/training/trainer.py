@@ -32,7 +32,8 @@ class LatentTrainer(Trainer):
     The noise of a step is a function of (seed, step, sequence), so accumulation, the order within a batch and the
     number of processes leave the loss as it is. Each log has, over the steps since the last one: `elbo_nll_per_token`,
     `nll_per_token`, `kl_per_token`, `kl_per_sequence`, `active_units` (of the posterior means seen), `beta`, `tokens`
-    (scored, since the start) and `tokens_per_second`.
+    (scored, since the start) and `tokens_per_second`. Weights trained on Langevin samples have no KL and no ELBO here,
+    and `nll_per_token` is that of the sampled z.
     """
 
     model: LatentLM
@@ -134,14 +135,17 @@ class _Statistics:
         self.nll = self.kl = self.beta = 0.0
         self.tokens = self.sequences = 0
         self.mean_sums: list[torch.Tensor] | None = None
-        self.comparable = True
+        self.comparable = self.has_posterior = True
 
     def add(self, outputs: LatentLMOutput, tokens: torch.Tensor, beta: float) -> None:
         self.beta = beta
         self.nll += float(outputs["nll"].detach().sum())
-        self.kl += float(outputs["kl"].detach().sum())
         self.tokens += int(tokens)
         self.sequences += len(outputs["nll"])
+        if "kl" not in outputs:  # latents from a sampler have no density, so there is no bound to log
+            self.has_posterior = False
+            return
+        self.kl += float(outputs["kl"].detach().sum())
         mean = outputs["posterior_mean"].detach().double()
         sums = [mean.sum(0), mean.square().sum(0)]
         if self.mean_sums is not None and self.mean_sums[0].shape != sums[0].shape:
@@ -155,13 +159,16 @@ class _Statistics:
         if self.seen_before is None:  # a resumed run's log says how far it had come
             self.seen_before = max((entry["tokens"] for entry in state.log_history if "tokens" in entry), default=0)
         figures = {
-            "elbo_nll_per_token": (self.nll + self.kl) / max(self.tokens, 1),
             "nll_per_token": self.nll / max(self.tokens, 1),
-            "kl_per_token": self.kl / max(self.tokens, 1),
-            "kl_per_sequence": self.kl / max(self.sequences, 1),
             "beta": self.beta,
             "tokens": self.seen_before + self.seen_in_session,
         }
+        if self.has_posterior:
+            figures |= {
+                "elbo_nll_per_token": (self.nll + self.kl) / max(self.tokens, 1),
+                "kl_per_token": self.kl / max(self.tokens, 1),
+                "kl_per_sequence": self.kl / max(self.sequences, 1),
+            }
         if start_time is not None:
             figures["tokens_per_second"] = self.seen_in_session / (time.time() - start_time)
         if self.comparable and self.mean_sums is not None:

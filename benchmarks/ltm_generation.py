@@ -1,0 +1,114 @@
+"""Generation: cached steps against the prefix computed anew for every token, in one process, with the same latents.
+
+The opponent runs the decoder over all tokens so far without gradients and projects the last state only. Greedy; latents
+are given, so that neither side infers. Asserts that both write the same tokens, up to the first of a text that rounding
+decides (two best logits within 1e-4), and that prompts of unequal lengths continue in a batch as each does alone.
+Prints tokens per second and ratios at batch 1 and 8, and what 5 beams cost beside greedy.
+
+    python benchmarks/ltm_generation.py [--threads 2] [--repeats 3]
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from latentlm import LTM, LTMConfig
+
+NEW_TOKENS = 128
+PROMPT_TOKENS = 100
+BEAMS = 5
+TARGETS = {1: 4.0, 8: 8.0}  # batch size → cached / anew
+TIE = 1e-4
+
+
+@torch.no_grad()
+def anew(model: LTM, input_ids: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    """Prompt and greedy continuation, and for each new token how far its logit lies above the second best."""
+    margins = []
+    for _ in range(NEW_TOKENS):
+        logits = model(input_ids, latents=latents, use_cache=False, logits_to_keep=1).logits[:, -1]
+        best, tokens = logits.topk(2)
+        margins.append(best[:, 0] - best[:, 1])
+        input_ids = torch.cat((input_ids, tokens[:, :1]), 1)
+    return input_ids, torch.stack(margins, 1)
+
+
+def cached(
+    model: LTM, input_ids: Tensor, latents: Tensor, attention_mask: Tensor | None = None, beams: int = 1
+) -> Tensor:
+    return model.generate(
+        input_ids, latents, attention_mask, max_new_tokens=NEW_TOKENS, do_sample=False, num_beams=beams
+    )
+
+
+def assert_same(tokens: Tensor, expected: Tensor, margins: Tensor) -> int:
+    """Asserts that texts agree as far as rounding decides nothing; returns the number of tokens compared."""
+    decided = (margins > TIE).cumprod(1).bool()
+    assert tokens.shape == expected.shape
+    assert torch.equal(tokens[:, -NEW_TOKENS:][decided], expected[:, -NEW_TOKENS:][decided])
+    return int(decided.sum())
+
+
+def assert_unequal_lengths(model: LTM, prompts: Tensor, latents: Tensor) -> int:
+    """The same for a batch of prompts of unequal lengths against each alone; returns the number of tokens compared."""
+    lengths = [PROMPT_TOKENS + 1 - 9 * row for row in range(len(prompts))]
+    attention_mask = torch.stack([torch.arange(prompts.shape[1]) < length for length in lengths]).long()
+    tokens = cached(model, prompts * attention_mask, latents, attention_mask)
+    compared = 0
+    for row, length in enumerate(lengths):
+        alone, margins = anew(model, prompts[row : row + 1, :length], latents[row : row + 1])
+        compared += assert_same(tokens[row : row + 1, -NEW_TOKENS:], alone[:, -NEW_TOKENS:], margins)
+    return compared
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    config = LTMConfig(
+        vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, max_position_embeddings=512,
+        sliding_window=64, latents_per_layer=8, initializer_range=0.1, bos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = LTM(config).eval()
+    prompts = torch.randint(1, config.vocab_size, (max(TARGETS), PROMPT_TOKENS + 1))
+    prompts[:, 0] = config.bos_token_id
+    latents = torch.randn(max(TARGETS), *model.latent_shape)
+    print(
+        f"{NEW_TOKENS} new tokens after {PROMPT_TOKENS}, window {config.sliding_window}, "
+        f"{arguments.threads} threads, {arguments.repeats} repeats"
+    )
+    for batch, target in TARGETS.items():
+        rows = model, prompts[:batch], latents[:batch]
+        expected, margins = anew(*rows)  # these also warm up
+        compared = assert_same(cached(*rows), expected, margins)
+        ways = {
+            "anew": lambda rows=rows: anew(*rows),
+            "cached": lambda rows=rows: cached(*rows),
+            f"{BEAMS} beams": lambda rows=rows: cached(*rows, beams=BEAMS),
+        }
+        times = [[seconds(work) for work in ways.values()] for _ in range(arguments.repeats)]
+        median = dict(zip(ways, map(statistics.median, zip(*times, strict=True)), strict=True))
+        for name, value in median.items():
+            print(f"batch {batch}, {name:>7}: {batch * NEW_TOKENS / value:7.0f} tokens/s")
+        ratio = median["anew"] / median["cached"]
+        print(f"batch {batch}, ratio cached / anew: {ratio:.2f} (target {target:.0f}); {compared} tokens agree")
+        print(f"batch {batch}, time of {BEAMS} beams / greedy: {median[f'{BEAMS} beams'] / median['cached']:.2f}")
+    compared = assert_unequal_lengths(model, prompts, latents)
+    print(f"prompts of unequal lengths in a batch and alone: {compared} tokens agree")
+
+
+if __name__ == "__main__":
+    main()

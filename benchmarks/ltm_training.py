@@ -1,0 +1,209 @@
+"""A training step of the LTM against Algorithm 1 done plainly, in one process, with the same noise.
+
+A step is T fast steps on (μ, log σ²), the slow step's forward and backward, and AdamW's update of the weights. The plain
+way calls backward() in each fast step, so the weights' gradients come with it and are thrown away; its attention takes
+a dense [time, time] mask, and its likelihood is cross_entropy of all logits. Asserts that both find the same q(z | x) to
+1e-4, the same loss and the same gradients of the weights. Adam's ε is 0.3 in both: with a tiny one rounding is divided by
+almost nothing where a gradient is almost nothing, and no two ways of computing agree.
+Prints tokens per second, FLOP/s (matrix products and attention, counted by torch's FlopCounterMode), the ratio, and how
+a step's time divides. The shares of the parts are timings of each part alone, forward and backward, in a fast step.
+
+    python benchmarks/ltm_training.py [--threads 2] [--repeats 3]
+"""
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import kl_divergence
+from torch.utils.flop_counter import FlopCounterMode
+
+from latentlm import LTM, LTMConfig
+from latentlm.distributions import Stream, diagonal_gaussian, sample_from_noise, sequence_keys, sequence_noise
+from latentlm.layers import rotation, token_log_likelihood
+from latentlm.layers.transformer import Attention, Rotation, rotate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TARGET = 1.5
+ADAMW = {"lr": 4e-4, "betas": (0.9, 0.95)}
+
+
+def plain_attention(
+    layer: Attention, x: Tensor, memory: Tensor, by: Rotation, memory_by: Rotation, mask: Tensor | None
+) -> Tensor:
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, layer.head_size)).transpose(1, 2)
+
+    query, key = rotate(heads(layer.query(x)), by), rotate(heads(layer.key(memory)), memory_by)
+    attended = nn.functional.scaled_dot_product_attention(query, key, heads(layer.value(memory)), mask)
+    return layer.output(attended.transpose(1, 2).flatten(2))
+
+
+def plain_log_likelihood(model: LTM, latents: Tensor, input_ids: Tensor) -> Tensor:
+    """log p(x | z) of each text, in nats."""
+    config, (given, targets) = model.config, (input_ids[:, :-1], input_ids[:, 1:])
+    width, position = config.hidden_size // config.num_attention_heads, torch.arange(given.shape[1], device=DEVICE)
+    by = rotation(position[None], width, config.rope_theta)
+    spacing = config.max_position_embeddings / config.latents_per_layer
+    latent_position = (torch.arange(config.latents_per_layer, device=DEVICE) + 0.5) * spacing
+    latent_by = rotation(latent_position[None], width, config.rope_theta)
+    distance = position[:, None] - position
+    mask = (distance >= 0) & (distance < config.sliding_window)
+    x = model.embed_tokens(given)
+    for index, layer in enumerate(model.layers):
+        normed = layer.self_norm(x)
+        x = x + plain_attention(layer.self_attention, normed, normed, by, by, mask)
+        x = x + plain_attention(layer.cross_attention, layer.cross_norm(x), latents[:, index], by, latent_by, None)
+        x = x + layer.feed_forward(layer.feed_forward_norm(x))
+    logits = model.lm_head(model.norm(x))
+    nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return -nll.view_as(targets).sum(1)
+
+
+def plain_elbo(model: LTM, mean: Tensor, log_variance: Tensor, input_ids: Tensor, noise: Tensor) -> Tensor:
+    posterior = diagonal_gaussian(mean, log_variance)
+    log_likelihood = plain_log_likelihood(model, sample_from_noise(posterior, noise), input_ids)
+    return (log_likelihood - kl_divergence(posterior, model.prior(len(input_ids), input_ids.shape[1] - 1))).sum()
+
+
+def plain_infer(model: LTM, input_ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Algorithm 1, lines 5 to 11: μ and log σ²."""
+    shape, config = (len(input_ids), *model.latent_shape), model.config
+    parameters = [torch.zeros(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
+    optimizer = torch.optim.Adam(
+        parameters, lr=config.inference_lr, betas=(0.9, 0.95), eps=config.inference_epsilon, maximize=True
+    )
+    keys = sequence_keys(input_ids)
+    for step in range(config.inference_steps):
+        noise = sequence_noise(keys, model.latent_shape, seed=seed, stream=Stream.INFERENCE, step=step)
+        optimizer.zero_grad()
+        plain_elbo(model, *parameters, input_ids, noise).backward()
+        optimizer.step()
+    model.zero_grad()
+    return parameters[0].detach(), parameters[1].detach()
+
+
+def plain_loss(model: LTM, input_ids: Tensor, seed: int) -> Tensor:
+    mean, log_variance = plain_infer(model, input_ids, seed)
+    noise = sequence_noise(sequence_keys(input_ids), model.latent_shape, seed=seed, stream=Stream.SCORE)
+    return -plain_elbo(model, mean, log_variance, input_ids, noise) / input_ids[:, 1:].numel()
+
+
+def our_loss(model: LTM, input_ids: Tensor, seed: int) -> Tensor:
+    loss = model(input_ids, seed=seed).loss
+    assert loss is not None
+    return loss
+
+
+Loss = Callable[[LTM, Tensor, int], Tensor]
+
+
+def training_step(loss: Loss, model: LTM, optimizer: torch.optim.Optimizer, input_ids: Tensor, seed: int) -> None:
+    optimizer.zero_grad()
+    loss(model, input_ids, seed).backward()
+    optimizer.step()
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def assert_agreement(model: LTM, plain: LTM, input_ids: Tensor) -> float:
+    """Same q, loss and gradients from the same weights; returns the largest difference of μ and σ²."""
+    posterior = model.infer(input_ids, seed=0)
+    mean, log_variance = plain_infer(plain, input_ids, seed=0)
+    torch.testing.assert_close(posterior.mean, mean, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(posterior.variance, log_variance.exp(), atol=1e-4, rtol=1e-4)
+    losses = our_loss(model, input_ids, 0), plain_loss(plain, input_ids, 0)
+    torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
+    for one in losses:
+        one.backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-3)
+    differences = posterior.mean - mean, posterior.variance - log_variance.exp()
+    return max(float(difference.abs().max()) for difference in differences)
+
+
+def parts(model: LTM, input_ids: Tensor) -> dict[str, Callable[[], object]]:
+    """What one layer's parts and the projection do in a fast step: forward, and backward to all but the weights."""
+    config, (batch, length) = model.config, input_ids[:, 1:].shape
+    size, width = config.hidden_size, config.hidden_size // config.num_attention_heads
+    x = torch.randn(batch, length, size, device=DEVICE, requires_grad=True)
+    z = torch.randn(batch, config.latents_per_layer, config.latent_size, device=DEVICE, requires_grad=True)
+    by = rotation(torch.arange(length, device=DEVICE)[None], width, config.rope_theta)
+    latent_by = rotation(torch.arange(config.latents_per_layer, device=DEVICE)[None], width, config.rope_theta)
+    mask = model._mask(x, None, None)
+    layer = copy.deepcopy(model.layers[0]).requires_grad_(False)
+    weight, targets = model.lm_head.weight.detach(), input_ids[:, 1:].flatten()
+    work = {
+        "fused projection": lambda: token_log_likelihood(x.flatten(0, 1), weight, targets),
+        "self-attention": lambda: layer.self_attention.self_attention(x, by, mask, None),
+        "cross-attention": lambda: layer.cross_attention.cross_attention(x, z, by, latent_by, None),
+        "feed-forward": lambda: layer.feed_forward(x),
+    }
+    return {
+        name: lambda part=part: torch.autograd.grad(part().sum(), (x, z), allow_unused=True)
+        for name, part in work.items()
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    config = LTMConfig(
+        vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, max_position_embeddings=256,
+        sliding_window=64, latents_per_layer=8, inference_steps=16, inference_lr_final=None, inference_epsilon=0.3,
+        bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = LTM(config).to(DEVICE).train()
+    input_ids = torch.randint(1, config.vocab_size, (8, config.max_position_embeddings + 1), device=DEVICE)
+    models = {"plain": copy.deepcopy(model), "ours": model}
+    losses: dict[str, Loss] = {"plain": plain_loss, "ours": our_loss}
+    difference = assert_agreement(model, models["plain"], input_ids)  # also warms up
+
+    optimizers = {name: torch.optim.AdamW(model.parameters(), **ADAMW) for name, model in models.items()}
+    flops = {}
+    for name, loss in losses.items():
+        with FlopCounterMode(display=False) as counter:
+            training_step(loss, models[name], optimizers[name], input_ids, 0)
+        flops[name] = counter.get_total_flops()
+    times: dict[str, list[float]] = {name: [] for name in [*models, "inference", *parts(model, input_ids)]}
+    for repeat in range(arguments.repeats):
+        for name, loss in losses.items():
+            step = (loss, models[name], optimizers[name], input_ids, repeat)
+            times[name].append(seconds(lambda step=step: training_step(*step)))
+        times["inference"].append(seconds(lambda seed=repeat: model.infer(input_ids, seed=seed)))
+        for name, part in parts(model, input_ids).items():
+            part()
+            times[name].append(statistics.median(seconds(part) for _ in range(5)))
+    median = {name: statistics.median(values) for name, values in times.items()}
+
+    tokens, steps = input_ids[:, 1:].numel(), config.inference_steps
+    print(f"{steps} fast steps and a slow one, {tokens} tokens, {DEVICE}, {arguments.threads} threads")
+    for name in models:
+        print(
+            f"{name:>5}: {median[name]:.2f} s a step, {tokens / median[name]:6.0f} tokens/s, "
+            f"{flops[name] / 1e9:.0f} GFLOP at {flops[name] / median[name] / 1e9:.0f} GFLOP/s"
+        )
+    print(f"ratio ours / plain: {median['plain'] / median['ours']:.2f} (target {TARGET})")
+    print(f"largest difference of μ and σ²: {difference:.1e}")
+    print(f"fast loop: {median['inference'] / median['ours']:.0%} of a step; of the loop")
+    for name in parts(model, input_ids):
+        times_a_step = 1 if name == "fused projection" else config.num_hidden_layers
+        print(f"{name:>18}: {times_a_step * steps * median[name] / median['inference']:.0%}")
+
+
+if __name__ == "__main__":
+    main()

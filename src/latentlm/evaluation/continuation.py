@@ -1,0 +1,84 @@
+"""How well a model foretells what follows a prompt, when z is inferred from nothing but the text before.
+
+    log p̂(x_{P+1} … x_T | x_1 … x_P) = log (1/K) Σ_k p(x_{P+1} … x_T | z_k, x_1 … x_P),   z_k ~ q(z | x_1 … x_P)
+
+The mean is over samples of the *summed* log-likelihood: a z holds for the whole continuation. With `reinfer_every` m,
+the continuation is foretold in parts of m tokens, each with z inferred afresh from all that stands before it (Kong et
+al. 2025, section 2.3, the alternative sampling scheme). Both are laws of the continuation that a generator can follow,
+so their NLL may be compared with a control's exact one; for finite K the estimate is an upper bound in expectation.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset
+
+from latentlm.distributions import Stream, sequence_keys
+from latentlm.errors import InputError
+from latentlm.evaluation.batches import evaluating, in_batches, synchronised
+from latentlm.latent_lm import LatentLM
+
+
+@torch.no_grad()
+def continuation(
+    model: LatentLM,
+    sequences: Dataset,
+    *,
+    prompt_tokens: int,
+    reinfer_every: int | None = None,
+    samples: int = 16,
+    batch_size: int = 32,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Continuation NLL of every sequence longer than the prompt.
+
+    Args:
+        prompt_tokens: P, scored tokens of each sequence that are given; 0 draws z from the prior for the first part.
+        reinfer_every: m; None infers z once, from the prompt.
+        samples: K.
+
+    Returns:
+        `continuation_nll_per_token` (Σ nats ÷ Σ tokens after the prompt), `continuation_tokens`, the settings, and the
+        `continuation_seconds` that scoring took.
+    """
+    if prompt_tokens < 0 or samples < 1 or (reinfer_every is not None and reinfer_every < 1):
+        raise InputError("prompt_tokens must not be negative, samples and reinfer_every must be at least 1.")
+    number = len(sequences)  # type: ignore[arg-type]
+    long = [index for index in range(number) if len(sequences[index]["input_ids"]) > prompt_tokens + 1]
+    if not long:
+        raise InputError(f"no sequence is longer than the prompt of {prompt_tokens} tokens.")
+    draws = 1 if model.exact else samples
+    nats, tokens = 0.0, 0
+    start = time.perf_counter()
+    with evaluating(model):
+        for _, input_ids, attention_mask in in_batches(model, Subset(sequences, long), batch_size, on_progress):
+            longest = input_ids.shape[1] - 1
+            every = reinfer_every or longest
+            for begin in range(prompt_tokens, longest, every):
+                end = min(begin + every, longest)
+                seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
+                if begin:
+                    law = model.infer(seen, seen_mask, seed=seed)
+                else:
+                    law = model.prior(len(input_ids), attention_mask.sum(1) - 1)
+                keys = sequence_keys(seen, seen_mask)
+                log_likelihood = [
+                    model.log_likelihood(z, input_ids[:, : end + 1], attention_mask[:, : end + 1])[:, begin:].sum(-1)
+                    for z in model.draw_latents(law, keys, draws, seed=seed, stream=Stream.CONTINUATION)
+                ]
+                total = torch.stack(log_likelihood).double().logsumexp(0) - math.log(draws)
+                nats -= float(total.sum())
+            tokens += int(model.scored_tokens(input_ids, attention_mask)[:, prompt_tokens:].sum())
+    synchronised(model.device)
+    return {
+        "continuation_nll_per_token": nats / tokens,
+        "continuation_tokens": tokens,
+        "continuation_samples": draws,
+        "continuation_seconds": time.perf_counter() - start,
+        "prompt_tokens": prompt_tokens,
+        "reinfer_every": reinfer_every,
+    }

@@ -1,0 +1,67 @@
+"""Figures of text that a model writes from its prior: how varied it is."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from latentlm.causal_lm import CausalLatentLM
+from latentlm.errors import InputError
+from latentlm.evaluation.batches import evaluating, synchronised
+from latentlm.latent_lm import LatentLM
+
+
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams ÷ all n-grams of all texts together (Li et al. 2016, section 5.2); NaN where there are none."""
+    grams = [tuple(text[place : place + n]) for text in texts for place in range(len(text) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def token_entropy(text: Sequence[int]) -> float:
+    """Entropy in nats of the tokens of one text, each occurrence equally likely; at most ln of its length."""
+    return -math.fsum(count / len(text) * math.log(count / len(text)) for count in Counter(text).values())
+
+
+def prior_samples(
+    model: LatentLM, *, number: int = 64, max_new_tokens: int | None = None, batch_size: int = 32, seed: int = 0
+) -> dict[str, Any]:
+    """Writes `number` texts from the prior, at temperature 1, and says how varied they are.
+
+    Returns:
+        `sample_entropy_nats` (mean over texts of `token_entropy`), `distinct_1` to `distinct_3`, `sample_tokens`,
+        `samples` and `samples_per_second`. Tokens after the end of a text do not count.
+    """
+    if not isinstance(model, CausalLatentLM):
+        raise InputError(f"a {type(model).__name__} does not write text from its prior.")
+    if number < 1 or batch_size < 1:
+        raise InputError("number and batch_size must be at least 1.")
+    config = model.config
+    if config.bos_token_id is None:
+        raise InputError("the model's config names no bos_token_id, so it cannot start a text.")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    texts: list[list[int]] = []
+    start = time.perf_counter()
+    with evaluating(model):
+        for first in range(0, number, batch_size):
+            rows = model.generate(
+                torch.full((min(batch_size, number - first), 1), config.bos_token_id, device=model.device),
+                max_new_tokens=max_new_tokens or config.max_position_embeddings,
+                do_sample=True,
+                top_k=0,
+                seed=seed + first,
+            )
+            for row in rows[:, 1:].tolist():
+                end = next((place for place, token in enumerate(row) if token in ends), len(row))
+                texts.append(row[:end])
+    synchronised(model.device)
+    written = [text for text in texts if text]
+    return {
+        "samples": number,
+        "sample_tokens": sum(map(len, texts)),
+        "sample_entropy_nats": math.fsum(map(token_entropy, written)) / max(len(written), 1),
+        **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
+        "samples_per_second": number / (time.perf_counter() - start),
+    }

@@ -1,0 +1,138 @@
+"""Studies of a sweep as tables and as one picture: a row or a line for each run, however its models differ."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+# column, figure, form; a figure of an exact model stands under the same name and is marked
+_COLUMNS: Sequence[tuple[str, str, str]] = (
+    ("parameters", "parameters", ",.0f"),
+    ("ELBO", "elbo_nll_per_token", ".4f"),
+    ("IW", "iw_nll_per_token", ".4f"),
+    ("prior z", "prior_nll_per_token", ".4f"),
+    ("reconstr.", "reconstruction_nll_per_token", ".4f"),
+    ("KL", "kl_per_sequence", ".2f"),
+    ("AU", "active_units", ".0f"),
+    ("MI", "mutual_information", ".2f"),
+    ("published NLL", "published_nll_per_token", ".4f"),
+    ("published PPL", "published_perplexity", ".2f"),
+    ("continuation", "continuation_nll_per_token", ".4f"),
+    ("cont. s", "continuation_seconds", ".1f"),
+    ("entropy", "sample_entropy_nats", ".3f"),
+    ("distinct-1", "distinct_1", ".3f"),
+    ("distinct-2", "distinct_2", ".3f"),
+    ("distinct-3", "distinct_3", ".3f"),
+    ("train s", "training_seconds", ",.0f"),
+    ("infer s", "inference_seconds", ".2f"),
+)
+# of no meaning where the likelihood is exact
+_OF_LATENTS = {"prior_nll_per_token", "reconstruction_nll_per_token", "kl_per_sequence", "active_units"}
+_OF_LATENTS |= {"mutual_information", "inference_seconds"}
+_FIGURES = {key: label for label, key, _ in _COLUMNS}
+
+
+def study_table(name: str, rows: Sequence[Row]) -> Table:
+    """Rows of one study (of `sweep.over_seeds`). NLLs in nats per token, an exact one marked =; KL and MI per sequence.
+
+    Where a row stands for several seeds, the figure is their mean ± standard deviation.
+    """
+    seeds = sorted({row["seeds"] for row in rows})
+    table = Table(
+        title=f"{name} ({' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})", title_justify="left"
+    )
+    table.add_column("run")
+    evaluations = any(row["evaluation"] for row in rows)
+    if evaluations:
+        table.add_column("scored")
+    columns = [column for column in _COLUMNS if any(_cell(row, *column[1:]) != "–" for row in rows)]
+    for label, _, _ in columns:
+        table.add_column(label, justify="right")
+    for row in rows:
+        names = [row["run"], row["evaluation"]] if evaluations else [row["run"]]
+        table.add_row(*names, *(_cell(row, key, form) for _, key, form in columns))
+    return table
+
+
+def _cell(row: Row, key: str, form: str) -> str:
+    if row.get(key) is None or (row["exact"] and key in _OF_LATENTS):
+        return "–"
+    text = format(row[key], form)
+    if row["exact"] and key in ("elbo_nll_per_token", "iw_nll_per_token"):
+        text = f"= {text}"
+    spread = row["spread"].get(key, 0.0)
+    return f"{text} ± {format(spread, form)}" if spread else text
+
+
+def study_plots(studies: Mapping[str, tuple[Sequence[Row], Mapping[str, Any] | None]], path: Path) -> None:
+    """One PNG with a panel for each study.
+
+    Args:
+        studies: name → its rows and its `plot`: `x`, a setting (`inference_steps`, `model.sliding_window`) or a figure
+            (`inference_seconds`), and `y`, figures. Without one, the bounds of each run stand side by side.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = min(len(studies), 3)
+    down = -(-len(studies) // across)
+    figure = Figure(figsize=(5.6 * across, 4.2 * down), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for panel in panels[len(studies) :]:
+        panel.remove()
+    for panel, (name, (rows, plot)) in zip(panels, studies.items(), strict=False):
+        panel.set_title(name, fontsize=10)
+        panel.set_ylabel("nats per token")
+        if plot:
+            _lines(panel, rows, str(plot["x"]), list(plot.get("y") or ["elbo_nll_per_token", "iw_nll_per_token"]))
+        else:
+            _bounds(panel, rows)
+        panel.legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
+    of_evaluation = any(x in row["settings"] and x.startswith("inference") for row in rows)
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.get(x) is None and row["settings"].get(x) is None:
+            continue
+        name = row["run"] if of_evaluation or x in row else row["evaluation"] or ("control" if row["exact"] else "LTM")
+        series.setdefault(name, []).append(row)
+    for index, (name, group) in enumerate(series.items()):
+        exact = all(row["exact"] for row in group)
+        for key, style in zip(ys[:1] if exact else ys, ("-", "--", ":", "-."), strict=False):
+            points = sorted(
+                (row["settings"].get(x, row.get(x)), row[key], row["spread"].get(key, 0.0)) for row in group
+            )
+            label = f"{name}: {'exact' if exact else _FIGURES[key]}"
+            where, heights, spread = zip(*points, strict=True)
+            panel.errorbar(
+                where, heights, yerr=spread if any(spread) else None, linestyle=style, color=f"C{index}", marker="o",
+                markersize=3, linewidth=1.2, label=label,
+            )  # fmt: skip
+    values = [row["settings"].get(x, row.get(x)) for group in series.values() for row in group]
+    if values and max(values) > 8 * max(min(values), 1e-9):
+        panel.set_xscale("log" if min(values) > 0 else "symlog", **({} if min(values) > 0 else {"linthresh": 1}))
+    panel.set_xlabel(x.removeprefix("model.").replace("_", " "))
+
+
+def _bounds(panel: Any, rows: Sequence[Row]) -> None:
+    places = range(len(rows))
+    marks = (("elbo_nll_per_token", "o"), ("iw_nll_per_token", "v"), ("prior_nll_per_token", "x"))
+    for key, mark in marks:
+        chosen = [(place, row) for place, row in zip(places, rows, strict=True) if not row["exact"]]
+        spread = [row["spread"].get(key, 0.0) for _, row in chosen]
+        panel.errorbar(
+            [place for place, _ in chosen], [row[key] for _, row in chosen], yerr=spread if any(spread) else None,
+            linestyle="", marker=mark, label=_FIGURES[key],
+        )  # fmt: skip
+    exact = [(place, row["iw_nll_per_token"]) for place, row in zip(places, rows, strict=True) if row["exact"]]
+    if exact:
+        panel.plot(*zip(*exact, strict=True), "k*", label="exact")
+    labels = [": ".join(filter(None, (row["run"], row["evaluation"]))) for row in rows]
+    panel.set_xticks(list(places), labels, rotation=30, ha="right", fontsize=7)

@@ -1,0 +1,60 @@
+"""Layers that read a whole text at once: a bidirectional encoder, and pooling of its states into a few vectors."""
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_bidirectional_mask
+
+from latentlm.layers.transformer import TransformerBlock, rotation
+
+
+class BidirectionalEncoder(nn.Module):
+    """Pre-norm Transformer in which every position sees every real one. Width, heads and dropout are the config's."""
+
+    def __init__(self, config: PreTrainedConfig, num_layers: int):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(TransformerBlock(config, index, causal=False) for index in range(num_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self, x: Float[Tensor, "batch time hidden"], attention_mask: Int64[Tensor, "batch time"] | None = None
+    ) -> Float[Tensor, "batch time hidden"]:
+        """States of x. Positions count real tokens, so padding on either side changes nothing."""
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
+        if attention_mask is None:
+            position_ids = torch.arange(x.shape[1], device=x.device)[None]
+        else:
+            position_ids = (attention_mask.cumsum(1) - 1).clamp_min(0)
+        positions = rotation(
+            position_ids, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta
+        )
+        for layer in self.layers:
+            x = layer(x, positions, mask)
+        return self.norm(x)
+
+
+class AttentionPooling(nn.Module):
+    """A number of learned queries, each of which attends to the real positions of a text (Lee et al. 2019, PMA)."""
+
+    def __init__(self, config: PreTrainedConfig, number: int):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.queries = nn.Embedding(number, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, states: Float[Tensor, "batch time hidden"], attention_mask: Int64[Tensor, "batch time"] | None = None
+    ) -> Float[Tensor, "batch number hidden"]:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        query = heads(self.queries.weight.to(states.dtype).expand(len(states), -1, -1))
+        mask = None if attention_mask is None else attention_mask[:, None, None].bool()
+        pooled = nn.functional.scaled_dot_product_attention(
+            query, heads(self.key(states)), heads(self.value(states)), attn_mask=mask
+        )
+        return self.output(pooled.transpose(1, 2).flatten(2))
