@@ -1,12 +1,13 @@
 """A training step of the LTM against Algorithm 1 done plainly, in one process, with the same noise.
 
-A step is T fast steps on (μ, log σ²), the slow step's forward and backward, and AdamW's update of the weights. The plain
-way calls backward() in each fast step, so the weights' gradients come with it and are thrown away; its attention takes
-a dense [time, time] mask, and its likelihood is cross_entropy of all logits. Asserts that both find the same q(z | x) to
-1e-4, the same loss and the same gradients of the weights. Adam's ε is 0.3 in both: with a tiny one rounding is divided by
-almost nothing where a gradient is almost nothing, and no two ways of computing agree.
-Prints tokens per second, FLOP/s (matrix products and attention, counted by torch's FlopCounterMode), the ratio, and how
-a step's time divides. The shares of the parts are timings of each part alone, forward and backward, in a fast step.
+A step is T fast steps on (μ, log σ²), the slow step's forward and backward, and AdamW's update of the weights. The
+plain way calls backward() in each fast step, so the weights' gradients come with it and are thrown away; its attention
+takes a dense [time, time] mask, and its likelihood is cross_entropy of all logits. Asserts that both find the same
+q(z | x) to 1e-4, the same loss and gradients of the weights. Adam's ε is 0.3 in both: a tiny one divides rounding
+by almost nothing where a gradient is almost nothing, and no two ways of computing agree.
+Prints tokens per second, FLOP/s as torch's FlopCounterMode counts them (it counts no attention scores on a CPU), the
+ratio, and how a step's time divides. The parts are timed alone, forward and backward as in a fast step, so their shares
+are estimates: the first layer's self-attention has no backward there.
 
     python benchmarks/ltm_training.py [--threads 2] [--repeats 3]
 """
@@ -116,20 +117,23 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def assert_agreement(model: LTM, plain: LTM, input_ids: Tensor) -> float:
-    """Same q, loss and gradients from the same weights; returns the largest difference of μ and σ²."""
+def assert_agreement(model: LTM, plain: LTM, input_ids: Tensor) -> tuple[float, dict[str, int]]:
+    """Same q, loss and gradients from the same weights; the largest difference of μ and σ², and each side's FLOPs."""
     posterior = model.infer(input_ids, seed=0)
     mean, log_variance = plain_infer(plain, input_ids, seed=0)
     torch.testing.assert_close(posterior.mean, mean, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(posterior.variance, log_variance.exp(), atol=1e-4, rtol=1e-4)
-    losses = our_loss(model, input_ids, 0), plain_loss(plain, input_ids, 0)
+    losses, flops = [], {}
+    for name, one, loss in (("ours", model, our_loss), ("plain", plain, plain_loss)):
+        with FlopCounterMode(display=False) as counter:
+            losses.append(loss(one, input_ids, 0))
+            losses[-1].backward()
+        flops[name] = counter.get_total_flops()
     torch.testing.assert_close(*losses, atol=1e-4, rtol=1e-4)
-    for one in losses:
-        one.backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-4, rtol=1e-3)
     differences = posterior.mean - mean, posterior.variance - log_variance.exp()
-    return max(float(difference.abs().max()) for difference in differences)
+    return max(float(difference.abs().max()) for difference in differences), flops
 
 
 def parts(model: LTM, input_ids: Tensor) -> dict[str, Callable[[], object]]:
@@ -171,14 +175,8 @@ def main() -> None:
     input_ids = torch.randint(1, config.vocab_size, (8, config.max_position_embeddings + 1), device=DEVICE)
     models = {"plain": copy.deepcopy(model), "ours": model}
     losses: dict[str, Loss] = {"plain": plain_loss, "ours": our_loss}
-    difference = assert_agreement(model, models["plain"], input_ids)  # also warms up
-
+    difference, flops = assert_agreement(model, models["plain"], input_ids)  # also warms up
     optimizers = {name: torch.optim.AdamW(model.parameters(), **ADAMW) for name, model in models.items()}
-    flops = {}
-    for name, loss in losses.items():
-        with FlopCounterMode(display=False) as counter:
-            training_step(loss, models[name], optimizers[name], input_ids, 0)
-        flops[name] = counter.get_total_flops()
     times: dict[str, list[float]] = {name: [] for name in [*models, "inference", *parts(model, input_ids)]}
     for repeat in range(arguments.repeats):
         for name, loss in losses.items():

@@ -14,7 +14,15 @@ from tests.training.runs import RECIPES, trained, unchecked
 
 from latentlm import cli
 
-VERBS = ("quickstart", "train", "evaluate", "generate", "encode")
+VERBS = ("quickstart", "train", "sweep", "evaluate", "generate", "encode")
+
+SWEEP = """\
+recipe: small.yaml
+scoring: {iw_samples: 1, limit: 2}
+studies:
+  steps:
+    runs: {two: {}, one: {model.inference_steps: 1}}
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +36,7 @@ def working_folder(tmp_path, monkeypatch):
     """A folder with a recipe, a text and a saved model, which the commands run in."""
     (tmp_path / "small.yaml").write_text(RECIPES["ltm"], encoding="utf-8")
     (tmp_path / "texts.txt").write_text("the cat sat\nsome dogs are in the garden\na café\n", encoding="utf-8")
+    (tmp_path / "sweep.yaml").write_text(SWEEP, encoding="utf-8")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "llama").mkdir()
@@ -70,7 +79,7 @@ def test_each_verb_shows_an_example(latentlm, verb):
     assert f"Example: latentlm {verb} " in " ".join(out.split())
 
 
-@pytest.mark.parametrize("verb", ["train", "evaluate", "generate", "quickstart"])
+@pytest.mark.parametrize("verb", ["train", "sweep", "evaluate", "generate", "quickstart"])
 def test_each_verb_with_figures_writes_them_to_a_file(latentlm, verb):
     assert "--json" in latentlm(verb, "--help")[1]
 
@@ -141,6 +150,39 @@ MISTAKES = [
     ("train small.yaml --resume", "no checkpoint"),
     ("train small.yaml --resume --output llama", "no checkpoint"),
     ("quickstart --data nothing.txt", "nothing.txt does not exist"),
+    # protocols, prompts and texts from the prior
+    ("evaluate model --protocol fancy", "protocol must be honest or paper"),
+    ("evaluate model --reinfer-every 4", "prompt_tokens"),
+    ("evaluate model --reinfer-every 0 --prompt-tokens 2", "--reinfer-every"),
+    ("evaluate model --prompt-tokens -1", "--prompt-tokens"),
+    ("evaluate model --prompt-tokens 48 --iw-samples 1 --limit 1", "longer than the prompt of 48"),
+    ("evaluate model --prior-samples -1", "--prior-samples"),
+    ("generate model --reinfer-every 0", "--reinfer-every"),
+    ("generate model --reinfer-every 2 --beams 2 --max-new-tokens 4", "neither with beams"),
+    # other ways to infer
+    ("evaluate model --set inference_steps", "FIELD=VALUE"),
+    ("evaluate model --set =3", "FIELD=VALUE"),
+    ("evaluate model --set inference_steps=[", "not valid YAML"),
+    ("evaluate model --set inference_step=3", "inference_step does not say how a LTM infers"),
+    ("evaluate model --set beta=3", "beta does not say"),
+    ("evaluate model --set inference_steps=-1", "inference_steps must be at least 0"),
+    ("evaluate model --set inference_steps=many", "inference_steps"),
+    ("evaluate model --set inference=amortised", "needs weights"),
+    ("evaluate control --set inference_steps=3", "nothing to set"),
+    ("generate model --set inference_step=3", "inference_step"),
+    ("encode model --text a --output x.npz --set inference_step=3", "inference_step"),
+    # sweeps
+    ("sweep", "SWEEP"),
+    ("sweep nothing.yaml", "nothing.yaml cannot be read"),
+    ("sweep llama", "llama cannot be read"),
+    ("sweep small.yaml", "studies"),
+    ("sweep texts.txt", "a sweep is a mapping"),
+    ("sweep binary.txt", "binary.txt"),
+    ("sweep sweep.yaml --jobs 0", "--jobs"),
+    ("sweep sweep.yaml --json missing/x.json", "missing does not exist"),
+    ("sweep sweep.yaml --output texts.txt", "texts.txt"),
+    ("sweep sweep.yaml model.betta=1", "did you mean beta"),
+    ("sweep sweep.yaml model.beta", "section.key=value"),
 ]
 DEFECTS = [
     ("generate model -n 3 --beams 2", "--beams", "transformers' ValueError"),
@@ -270,6 +312,55 @@ def test_resuming_with_another_model_is_a_mistake(latentlm):
     assert_one_sentence(status, err)
 
 
+@pytest.mark.parametrize("verb", ["generate model --max-new-tokens 1 --set", "train small.yaml"])
+def test_a_date_that_is_none_is_a_mistake(latentlm, verb):
+    name = "model.inference_lr" if verb.startswith("train") else "inference_lr"
+    assert_one_sentence(*latentlm(*verb.split(), f"{name}=2020-13-45")[::2])
+
+
+# ---- sweep -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jobs_here(monkeypatch):
+    """Jobs as threads of this process."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from latentlm.training import sweep
+
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+
+
+@pytest.mark.usefixtures("jobs_here")
+def test_sweep_shows_a_table_for_each_study_and_goes_on_where_it_was(latentlm, working_folder):
+    command = ("--threads", "1", "sweep", "sweep.yaml", "training.max_steps=2", "--json", "rows.json")
+    status, out, err = latentlm(*command)
+    assert (status, err) == (0, "")
+    assert "2 models to train, 2 rows of figures, in runs/sweep" in out
+    assert "steps (1 seed)" in out and "plot: runs/sweep/studies.png" in out
+    rows = json.loads((working_folder / "rows.json").read_text())
+    assert [row["run"] for row in rows] == ["two", "one"]
+    for row in rows:
+        assert any(row["run"] in line and f"{row['iw_nll_per_token']:.4f}" in line for line in out.splitlines())
+    assert (working_folder / "runs" / "sweep" / "studies.png").read_bytes().startswith(b"\x89PNG")
+    before = {path.name for path in (working_folder / "runs" / "sweep").iterdir()}
+    assert latentlm(*command)[0] == 0
+    assert json.loads((working_folder / "rows.json").read_text()) == rows
+    assert {path.name for path in (working_folder / "runs" / "sweep").iterdir()} == before
+
+
+@pytest.mark.usefixtures("jobs_here")
+def test_a_run_of_a_sweep_that_fails_is_told_after_the_others(latentlm, working_folder):
+    sweep = SWEEP.replace("one: {model", "bad: {data.source: empty.txt, model")
+    (working_folder / "sweep.yaml").write_text(sweep)
+    status, out, err = latentlm("--threads", "1", "sweep", "sweep.yaml", "--json", "rows.json")
+    assert status == 2
+    assert_one_sentence(status, err)
+    assert "1 of 2 runs failed" in err and "empty.txt holds no text" in err
+    assert "steps (1 seed)" in out
+    assert [row["run"] for row in json.loads((working_folder / "rows.json").read_text())] == ["two"]
+
+
 # ---- evaluate ----------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +409,32 @@ def test_a_model_without_a_recipe_needs_data(latentlm, working_folder):
     assert latentlm("evaluate", "copy", "--data", "texts.txt", "--iw-samples", "1")[0] == 0
 
 
+def test_evaluate_adds_what_is_asked_for(latentlm, working_folder):
+    asked = "--protocol paper --prompt-tokens 2 --reinfer-every 8 --prior-samples 2 --iw-samples 1 --limit 2"
+    status, out, err = latentlm("evaluate", "model", *asked.split(), "--json", "figures.json")
+    assert (status, err) == (0, "")
+    figures = json.loads((working_folder / "figures.json").read_text())
+    assert (figures["protocol"], figures["prompt_tokens"], figures["reinfer_every"]) == ("paper", 2, 8)
+    for key in ("published_nll_per_token", "continuation_nll_per_token"):
+        assert f"{figures[key]:.4f}" in out
+    assert f"{figures['sample_entropy_nats']:.3f}" in out
+
+
+def test_evaluate_can_infer_otherwise(latentlm, working_folder):
+    found = []
+    for settings in ((), ("--set", "inference_steps=2"), ("--set", "inference_steps=0")):
+        command = ("evaluate", "model", "--iw-samples", "1", *settings, "--json", "figures.json")
+        assert latentlm(*command)[0] == 0
+        found.append(json.loads((working_folder / "figures.json").read_text()))
+    assert found[0]["kl_per_token"] == found[1]["kl_per_token"] > 0
+    assert found[2]["kl_per_token"] == pytest.approx(0, abs=1e-7)
+
+
+def test_a_setting_may_be_written_as_in_a_recipe(latentlm):
+    status, _, err = latentlm("generate", "model", "--set", "inference_lr=1e-1", "--max-new-tokens", "1")
+    assert (status, err) == (0, "")
+
+
 # ---- generate ----------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +475,15 @@ def test_a_beam_search_writes(latentlm, model):
     assert len(out.splitlines()) >= 2
 
 
+def test_generate_in_parts(latentlm):
+    """A control writes the same; a model with latents goes on from other ones."""
+    command = ["--prompt", "the", "--max-new-tokens", "12", "--seed", "1"]
+    plain, parts = (latentlm("generate", "control", *command, *more) for more in ((), ("--reinfer-every", "3")))
+    assert plain[0] == 0 and plain == parts
+    status, out, err = latentlm("generate", "model", *command, "--reinfer-every", "3", "--set", "inference_steps=1")
+    assert (status, err) == (0, "") and out.startswith("the")
+
+
 @pytest.mark.parametrize("option", [("--top-k", "1"), ("--top-p", "0"), ("--temperature", "1e-9")])
 def test_narrow_sampling_is_greedy(latentlm, option):
     command = ["generate", "control", "--prompt", "the", "--max-new-tokens", "6"]
@@ -378,6 +504,14 @@ def test_encode_keeps_the_order_of_texts(latentlm):
         np.testing.assert_allclose(one["mean"], other["mean"], atol=1e-5)
         assert one["ids"].tolist() == [0, 1, 2]
         assert np.abs(one["mean"][0] - one["mean"][1]).max() > 1e-3
+
+
+def test_encode_can_infer_otherwise(latentlm):
+    for name, settings in (("as-trained", ()), ("not-at-all", ("--set", "inference_steps=0"))):
+        assert latentlm("encode", "model", "--text", "the cat sat", *settings, "--output", f"{name}.npz")[0] == 0
+    with np.load("as-trained.npz") as one, np.load("not-at-all.npz") as other:
+        assert np.abs(one["mean"]).max() > 1e-3
+        assert np.abs(other["mean"]).max() == 0
 
 
 # ---- threads -----------------------------------------------------------------------------------------------------

@@ -294,6 +294,214 @@ def test_beams_share_a_latent(ltm):
     assert len(used.flatten(1).unique(dim=0)) == 2
 
 
+# ---- z inferred again ------------------------------------------------------------------------------------------------
+
+
+def inferred_from(model, monkeypatch):
+    """The texts that `infer` is asked about while the test runs: one list of rows, without padding, for each call."""
+    asked, infer = [], model.infer
+
+    def listen(input_ids, attention_mask, *args, **options):
+        asked.append([row[mask.bool()].tolist() for row, mask in zip(input_ids, attention_mask, strict=True)])
+        return infer(input_ids, attention_mask, *args, **options)
+
+    monkeypatch.setattr(model, "infer", listen)
+    return asked
+
+
+def ending(model):
+    """The model with an end token that comes up now and then."""
+    model.config.eos_token_id = model.generation_config.eos_token_id = EOS
+    model.generation_config.pad_token_id = PAD
+    model.lm_head.weight.data[EOS] = 0
+    return model
+
+
+@pytest.mark.parametrize("way", ["greedy", "sampling"])
+@pytest.mark.parametrize("every", [8, 9, 1000])
+def test_a_first_part_as_long_as_the_text_is_the_plain_scheme(model, way, every):
+    input_ids, mask = padded(texts(3, 5), [5, 2, 1], "right")
+    options = {"attention_mask": mask, "max_new_tokens": 8, "num_return_sequences": 2, "seed": 3, **WAYS[way]}
+    assert torch.equal(model.generate(input_ids, reinfer_every=every, **options), model.generate(input_ids, **options))
+
+
+@pytest.mark.parametrize("way", ["greedy", "sampling"])
+@pytest.mark.parametrize("every", [1, 3, 8])
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_control_writes_the_same_in_parts(way, every, cache):
+    """Rows that end and rows that do not, of unequal prompts."""
+    model = ending(small_model("autoregressive", tie_word_embeddings=False))
+    input_ids, mask = padded(texts(12, 5), [5, 2, 1, 3] * 3, "left")
+    options = {"attention_mask": mask, "max_new_tokens": 9, "seed": 1, "use_cache": cache, **WAYS[way]}
+    plain = model.generate(input_ids, **options)
+    if way == "sampling":
+        assert 0 < int((plain[:, 5:] == EOS).any(1).sum()) < 12
+    assert torch.equal(model.generate(input_ids, reinfer_every=every, **options), plain)
+
+
+def test_a_q_that_hears_nothing_and_is_sure_writes_the_same_in_parts():
+    """q = N(0, e^−40) whatever the text: each part has the first one's z."""
+    model = small_model(
+        "ltm", tie_word_embeddings=False, inference_steps=0, inference_start="fixed", inference_start_log_variance=-40.0
+    )
+    input_ids, mask = padded(texts(3, 5), [5, 2, 3], "left")
+    options = {"attention_mask": mask, "max_new_tokens": 10, "seed": 0}
+    plain = model.generate(input_ids, **options)
+    assert torch.equal(model.generate(input_ids, reinfer_every=3, **options), plain)
+    # and with a q that hears the text, the parts differ
+    model.config.inference_steps, model.config.inference_lr = 4, 2.0
+    assert not torch.equal(model.generate(input_ids, reinfer_every=3, **options), model.generate(input_ids, **options))
+
+
+def test_each_part_is_inferred_from_exactly_the_text_so_far(ltm, monkeypatch):
+    asked = inferred_from(ltm, monkeypatch)
+    input_ids, mask = padded(texts(3, 5), lengths := [5, 2, 3], "right")
+    found = ltm.generate(input_ids, attention_mask=mask, max_new_tokens=7, reinfer_every=3, do_sample=True, seed=0)
+    prompts = [input_ids[row, :length].tolist() for row, length in enumerate(lengths)]
+    new = found[:, 5:].tolist()
+    assert found.shape == (3, 12)
+    assert asked == [
+        [prompt + written[:end] for prompt, written in zip(prompts, new, strict=True)] for end in (0, 3, 6)
+    ]
+
+
+def test_from_bos_alone_the_first_part_is_the_priors_and_the_others_are_inferred(ltm, monkeypatch):
+    asked = inferred_from(ltm, monkeypatch)
+    found = ltm.generate(max_new_tokens=5, reinfer_every=2, num_return_sequences=3, do_sample=True, seed=0)
+    assert asked == [[row[: 1 + end] for row in found.tolist()] for end in (2, 4)]
+
+
+def test_each_part_is_written_with_a_new_draw_from_its_own_posterior(ltm, monkeypatch):
+    used, original, infer = [], ltm.hidden_states, ltm.infer
+
+    def listen(latents, *rest, **options):
+        used.append(latents.detach().clone())
+        return original(latents, *rest, **options)
+
+    def quiet(*args, **options):
+        monkeypatch.setattr(ltm, "hidden_states", original)
+        posterior = infer(*args, **options)
+        monkeypatch.setattr(ltm, "hidden_states", listen)
+        return posterior
+
+    monkeypatch.setattr(ltm, "infer", quiet)
+    input_ids = texts(1, 4)
+    found = ltm.generate(input_ids, max_new_tokens=4, reinfer_every=2, do_sample=True, seed=5)
+    latents = [used[0], used[2]]
+    for step, end in enumerate((4, 6)):
+        seen = found[:, :end]
+        expected = ltm.draw_latents(infer(seen, seed=5), sequence_keys(seen), 1, seed=5, stream=Stream.GENERATION)[0]
+        torch.testing.assert_close(latents[step], expected, atol=1e-4, rtol=0)
+    assert not torch.allclose(*latents, atol=1e-2)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_row_that_has_ended_is_padded_while_the_others_go_on(every):
+    model = ending(small_model("ltm", tie_word_embeddings=False, inference_steps=1))
+    input_ids, mask = padded(texts(16, 3), [3, 1, 2, 3] * 4, "left")
+    found = model.generate(
+        input_ids, attention_mask=mask, max_new_tokens=12, reinfer_every=every, do_sample=True, seed=0
+    )
+    assert torch.equal(found[:, :3], input_ids)
+    ended = 0
+    for row in found[:, 3:].tolist():
+        if EOS in row:
+            ended += 1
+            assert set(row[row.index(EOS) + 1 :]) <= {PAD}
+    assert 2 < ended < 16
+    assert found.shape == (16, 15)
+
+
+def test_what_stands_after_an_end_is_never_inferred_from(monkeypatch):
+    model = ending(small_model("ltm", tie_word_embeddings=False, inference_steps=1))
+    asked = inferred_from(model, monkeypatch)
+    model.generate(texts(12, 3), max_new_tokens=10, reinfer_every=2, do_sample=True, seed=0)
+    seen = [text for call in asked for text in call]
+    assert any(EOS in text for text in seen)
+    assert all(EOS not in text[:-1] for text in seen)
+
+
+def test_when_all_have_ended_nothing_more_is_written(monkeypatch):
+    model = ending(small_model("ltm", inference_steps=1))
+    asked = inferred_from(model, monkeypatch)
+    found = model.generate(texts(2, 3), max_new_tokens=20, reinfer_every=2, eos_token_id=list(range(VOCABULARY)))
+    assert found.shape == (2, 4) and len(asked) == 1
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_prompts_in_a_batch_continue_in_parts_as_alone(every):
+    model = small_model("ltm", tie_word_embeddings=False, inference_steps=2)
+    input_ids, lengths = texts(4, 6), [4, 6, 1, 2]
+    rows, mask = padded(input_ids, lengths, "right")
+    options = {"max_new_tokens": 5, "reinfer_every": every, "seed": 2}
+    together = model.generate(rows, attention_mask=mask, **options)
+    for row, length in enumerate(lengths):
+        alone = model.generate(input_ids[row : row + 1, :length], **options)
+        assert torch.equal(together[row, -5:], alone[0, -5:])
+
+
+def test_each_returned_sequence_goes_its_own_way(ltm):
+    options = {"max_new_tokens": 8, "reinfer_every": 3, "do_sample": True, "seed": 0}
+    found = ltm.generate(texts(2, 4), num_return_sequences=3, **options)
+    assert found.shape == (6, 12) and len(found.unique(dim=0)) == 6
+    assert torch.equal(found[:, :4], texts(2, 4).repeat_interleave(3, 0))
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_given_latents_write_the_first_part(ltm, monkeypatch, number):
+    asked = inferred_from(ltm, monkeypatch)
+    latents = prior_latents(ltm, texts(2, 4))
+    found = ltm.generate(texts(2, 4), latents, max_new_tokens=6, reinfer_every=4, num_return_sequences=number)
+    plain = ltm.generate(texts(2, 4), latents, max_new_tokens=4)
+    assert found.shape == (2 * number, 10)
+    assert torch.equal(found[:, :8], plain.repeat_interleave(number, 0))
+    assert asked == [found[:, :8].tolist()]
+
+
+def test_one_latent_for_all_prompts_in_parts(ltm):
+    latents = prior_latents(ltm, texts(1, 4))
+    found = ltm.generate(texts(3, 4), latents, max_new_tokens=6, reinfer_every=4, seed=0)
+    assert torch.equal(found[:, :8], ltm.generate(texts(3, 4), latents, max_new_tokens=4))
+
+
+def test_parts_repeat_with_a_seed_and_leave_the_generator_alone(ltm):
+    def write(seed):
+        return ltm.generate(texts(3, 4), max_new_tokens=8, reinfer_every=3, do_sample=True, seed=seed)
+
+    before = torch.get_rng_state()
+    first = write(5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(write(5), first) and not torch.equal(write(6), first)
+
+
+def test_the_context_can_be_used_to_its_end_in_parts(model):
+    assert model.generate(texts(2, 8), max_new_tokens=25, reinfer_every=10).shape == (2, 33)
+    with pytest.raises(InputError, match="context"):
+        model.generate(texts(2, 8), max_new_tokens=26, reinfer_every=10)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"reinfer_every": 0}, "at least 1"),
+        ({"reinfer_every": -2}, "at least 1"),
+        ({"reinfer_every": 2, "num_beams": 3}, "neither with beams"),
+        ({"reinfer_every": 2, "return_dict_in_generate": True}, "return_dict"),
+    ],
+)
+def test_what_parts_cannot_be_written_with(model, options, words):
+    with pytest.raises(InputError, match=words):
+        model.generate(texts(2, 4), max_new_tokens=4, **options)
+
+
+def test_padding_after_the_end_is_the_callers(model):
+    ending(model)
+    options = {"max_new_tokens": 10, "do_sample": True, "seed": 0, "pad_token_id": 7}
+    found = model.generate(texts(12, 3), reinfer_every=2, **options)
+    after = [row[row.index(EOS) + 1 :] for row in found[:, 3:].tolist() if EOS in row]
+    assert any(after) and all(set(row) <= {7} for row in after)
+
+
 # ---- randomness ------------------------------------------------------------------------------------------------------
 
 

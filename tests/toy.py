@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, constraints, register_kl
+from torch.utils.data import Dataset
 
 from latentlm import LatentLM, LatentLMConfig
 from latentlm.distributions import diagonal_gaussian, sample_from_noise, standard_normal
@@ -45,6 +46,45 @@ def small_model(family: str, *, seed: int = 0, **changes: Any) -> LatentLM:
         return FAMILIES[family]._from_config(small_config(family, **changes), attn_implementation=attention).eval()
 
 
+# each family as it comes, and each way in which it may differ
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{family: (family, {}) for family in FAMILIES},
+    "memory": ("autoregressive", {"memory_per_layer": 3, "memory_size": 8}),
+    "amortised": ("ltm", {"inference": "amortised", "encoder_layers": 1}),
+    "cooperative": ("ltm", {"inference": "cooperative", "inference_steps": 2, "encoder_layers": 1}),
+    "langevin": ("ltm", {"inference": "langevin", "inference_steps": 2, "langevin_steps": 2}),
+    "learned start": ("ltm", {"inference_start": "learned", "inference_steps": 2}),
+    "diagonal prior": ("ltm", {"latent_prior": "diagonal", "inference_steps": 2}),
+    "transformer prior": ("ltm", {"latent_prior": "transformer", "prior_layers": 1, "inference_steps": 2}),
+    "shared latents": ("ltm", {"shared_latents": True, "inference_steps": 2}),
+}
+
+
+def small_variant(name: str, **changes: Any) -> LatentLM:
+    """A small model of one of `VARIANTS` in which what starts at 0 has left it, as after training."""
+    family, own = VARIANTS[name]
+    return moved(small_model(family, **{**own, **changes}))
+
+
+def moved(model: LatentLM) -> LatentLM:
+    """The model, with random numbers added to the parameters (but norms) that a new model has at 0 or at its start."""
+    generator = torch.Generator().manual_seed(0)
+    starts = (
+        "encoder.moments.",
+        "encoder.mean",
+        "encoder.log_variance",
+        "latent_transformer.output.",
+        "prior_mean",
+        "prior_log_variance",
+        "start_",
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(starts):
+                parameter.add_(0.4 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def texts(batch: int, time: int, *, seed: int = 0, vocabulary: int = VOCABULARY) -> Tensor:
     """Input ids [batch, time]: BOS and random tokens, no special ones among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -63,6 +103,19 @@ def padded(input_ids: Tensor, lengths: list[int], side: str, *, total: int | Non
         rows[row, place] = input_ids[row, :length]
         mask[row, place] = 1
     return rows, mask
+
+
+class Rows(Dataset):
+    """Rows of ids as a data set, a byte to each token."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.rows[index], "num_bytes": len(self.rows[index]) - 1}
 
 
 def prior_latents(model: LatentLM, input_ids: Tensor, *samples: int, seed: int = 0) -> Tensor:
@@ -208,7 +261,8 @@ class GridModel(LatentLM):
         self.register_buffer("prior_logits", torch.randn(25, generator=generator))
         self.register_buffer("bend", 0.7 * torch.randn(25, generator=generator))
         self.register_buffer("previous", torch.randn(config.vocab_size, config.vocab_size, generator=generator))
-        self.register_buffer("output", 1.5 * torch.randn(2, config.vocab_size, generator=generator))
+        # a parameter, since transformers finds a model's device by one
+        self.output = nn.Parameter(1.5 * torch.randn(2, config.vocab_size, generator=generator), requires_grad=False)
         self.post_init()
 
     def prior(self, batch_size, lengths, condition=None):

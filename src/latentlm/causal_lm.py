@@ -292,7 +292,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         """Parts of `every` tokens; a row that has ended is padded on the right and takes part no more."""
         ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
         ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends], device=self.device)
-        pad = self.config.pad_token_id or 0
+        pad = kwargs.get("pad_token_id", self.generation_config.pad_token_id) or 0
         text, ended = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=self.device)
         for begin in range(0, max_new_tokens, every):
             if begin:

@@ -48,6 +48,7 @@ Settings = Annotated[
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; changes speed and memory, no figure.")]
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
+_FILE_WIDTH = 250
 _DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
 
@@ -81,7 +82,7 @@ def quickstart(
     """
     from latentlm.training.quickstart import quickstart as run
 
-    result = run(output, data=data, seed=seed, console=Console())
+    result = run(output, data=data, seed=seed, console=_console())
     _write_json(json_file, result.figures)
 
 
@@ -103,7 +104,7 @@ def train(
     from latentlm.training.recipe import load_recipe
     from latentlm.training.run import train as run
 
-    console = Console()
+    console = _console()
     checked = load_recipe(recipe, overrides or [])
     folder = output or Path("runs") / Path(recipe).stem
     result = run(
@@ -145,7 +146,7 @@ def sweep(
     from latentlm.training.progress import counted
     from latentlm.training.sweep import load_sweep, over_seeds, run_sweep
 
-    console = Console()
+    console = _console()
     checked = load_sweep(recipe, overrides or [])
     folder = output or Path("runs") / Path(recipe).stem
     failures: list[str] = []
@@ -165,9 +166,9 @@ def sweep(
         if of_study:
             console.print(study_table(name, of_study))
     plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items() if of_study}
+    _write_json(json_file, rows)
     if plots:
         study_plots(plots, folder / "studies.png")
-    _write_json(json_file, rows)
     if failures:
         raise InputError(f"{len(failures)} of {len(checked.runs)} runs failed: {'; '.join(failures)}")
     console.print(f"plot: {folder / 'studies.png'}", highlight=False, soft_wrap=True)
@@ -208,7 +209,7 @@ def evaluate(
     from latentlm.loading import load
     from latentlm.training.progress import counted
 
-    console = Console()
+    console = _console()
     loaded, tokenizer = _on_device(*load(model))
     _change_inference(loaded, settings)
     sequences = evaluation_sequences(
@@ -220,7 +221,7 @@ def evaluate(
         figures = measure(
             loaded,
             sequences,
-            protocol=protocol,  # type: ignore[arg-type]
+            protocol=protocol,
             iw_samples=iw_samples,
             prompt_tokens=prompt_tokens,
             reinfer_every=reinfer_every,
@@ -335,15 +336,23 @@ def encode(
     if data is not None:
         documents = read_documents(data, column=column, sample_by=sample_by or "line", limit=limit)
         text = [document.text for document in documents]
-    with counted(Console(), "encoding") as on_progress:
+    with counted(_console(), "encoding") as on_progress:
         encoding = run(loaded, tokenizer, text or [], batch_size=batch_size, seed=seed, on_progress=on_progress)
     encoding.save(output)
     shape = " × ".join(map(str, encoding.mean.shape[1:]))
     typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
 
 
+def _console() -> Console:
+    console = Console()
+    # a file or a pipe has no width, and a table cut to 80 columns is no table
+    return console if console.is_terminal else Console(width=_FILE_WIDTH)
+
+
 def _change_inference(model: Any, settings: list[str] | None) -> None:
     import yaml
+
+    from latentlm.training.recipe import Loader
 
     changes = {}
     for setting in settings or []:
@@ -351,8 +360,8 @@ def _change_inference(model: Any, settings: list[str] | None) -> None:
         if not separator or not name:
             raise InputError(f"--set {setting!r} is not of the form FIELD=VALUE, as in inference_steps=64.")
         try:
-            changes[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            changes[name] = yaml.load(value, Loader)
+        except (yaml.YAMLError, ValueError) as error:
             raise InputError(f"--set {setting!r}: the value is not valid YAML.") from error
     if changes:
         model.change_inference(**changes)

@@ -137,6 +137,7 @@ class LatentLM(PreTrainedModel):
 
     def __init__(self, config: LatentLMConfig):
         super().__init__(config)
+        self._inference_in_training: dict[str, Any] = {}
         # saved with the weights, so that a checkpoint infers at the rate of the moment it was taken
         self.register_buffer("training_progress", torch.zeros(()))
 
@@ -274,7 +275,8 @@ class LatentLM(PreTrainedModel):
     def change_inference(self, **changes: Any) -> None:
         """Sets fields of the config that say how q is found and change no weight: those named inference….
 
-        For a comparison of inferences on the same weights, as `model.change_inference(inference_steps=64)`.
+        For a comparison of inferences on the same weights, as `model.change_inference(inference_steps=64)`. A model
+        that is saved infers as it was trained.
 
         Raises:
             InputError: no such field, a value that it does not take, or one that needs weights this model lacks.
@@ -296,7 +298,18 @@ class LatentLM(PreTrainedModel):
             settings = ", ".join(f"{name}={value}" for name, value in changes.items())
             raise InputError(f"{settings} needs weights that this model was trained without (for one, {missing[0]}).")
         for name in changes:
+            self._inference_in_training.setdefault(name, getattr(self.config, name))
             setattr(self.config, name, getattr(config, name))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        changed = {name: getattr(self.config, name) for name in self._inference_in_training}
+        try:
+            for name, value in self._inference_in_training.items():
+                setattr(self.config, name, value)
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            for name, value in changed.items():
+                setattr(self.config, name, value)
 
     def draw_latents(
         self, distribution: Distribution, keys: Int64[Tensor, " batch"], samples: int, *, seed: int, stream: Stream

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from tests.toy import prior_latents, small_model, texts, three_verbs
+from tests.toy import Rows, prior_latents, small_model, texts, three_verbs
 from tests.training.runs import trained
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
 from latentlm import InputError, load
 from latentlm.data import Document, Sentences
@@ -36,23 +36,11 @@ KEYS = {
     "mutual_information",
     "protocol",
     "seconds",
+    "inference_seconds",
     "tokens_per_second",
 }
 # one, two, three and four bytes a character, and a text that is cut at 40 tokens
 TEXTS = ["the cat", "naïve café", "日本語 text", "a 😀 b 😀", "x", "the letter which I found in the garden " * 3]
-
-
-class Rows(Dataset):
-    """Rows of ids as a data set, a byte to each token."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return {"input_ids": self.rows[index], "num_bytes": len(self.rows[index]) - 1}
 
 
 @pytest.fixture(scope="module")

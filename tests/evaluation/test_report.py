@@ -42,15 +42,52 @@ def test_a_bound_and_a_likelihood_are_marked_as_what_they_are(figures):
     assert "exact" in line(text, "NLL is")
 
 
-def test_what_a_model_does_not_have_is_a_dash(figures):
+OF_LATENTS = ("KL", "mutual information", "active units", "reconstruction", "prior z")
+
+
+def test_what_a_model_does_not_have_is_a_dash_beside_one_that_has_it(figures):
+    text = printed(figures)
+    for label in OF_LATENTS:
+        assert line(text, label).count("–") == 1
+    assert line(text, "tokens trained on").count("–") == 2
+
+
+def test_a_row_that_no_model_fills_is_left_out(figures):
     text = printed({"autoregressive": figures["autoregressive"]})
-    for label in ("KL", "mutual information", "active units", "reconstruction", "tokens trained on"):
-        assert "–" in line(text, label)
+    for label in (*OF_LATENTS, "continuation", "prior samples", "as published"):
+        assert label not in text
+    assert "–" in line(text, "tokens trained on")
+
+
+def test_what_else_was_measured_has_rows(figures):
+    more = {
+        "published_nll_per_token": 1.23456,
+        "published_perplexity": 12.3456,
+        "continuation_nll_per_token": 2.34567,
+        "prompt_tokens": 8,
+        "reinfer_every": None,
+        "sample_entropy_nats": 1.5,
+        "distinct_1": 0.25,
+        "distinct_2": 0.5,
+        "distinct_3": 0.75,
+        "samples_per_second": 7.25,
+    }
+    text = printed({"one": figures["ltm"] | more, "other": figures["ltm"]})
+    for label, cell in {
+        "as published: NLL (no bound)": "1.2346",
+        "as published: perplexity (no bound)": "12.346",
+        "continuation, nats/token": "2.3457",
+        "after a prompt of tokens": "8",
+        "entropy": "1.500",
+        "distinct-1, -2, -3": "0.250, 0.500, 0.750",
+    }.items():
+        assert cell in line(text, label) and "–" in line(text, label)
+    assert "z inferred every" not in text
 
 
 def test_statistics_that_could_not_be_compared_are_a_dash(figures):
     unknown = dict.fromkeys(("active_units", "latent_units", "mutual_information"))
-    text = printed({"trajectories": figures["ltm"] | unknown})
+    text = printed({"trajectories": figures["ltm"] | unknown, "vectors": figures["ltm"]})
     assert "–" in line(text, "active units")
     assert "–" in line(text, "mutual information")
 

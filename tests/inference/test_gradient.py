@@ -85,20 +85,37 @@ def test_it_raises_the_bound(toy):
 # ---- its steps are Adam's --------------------------------------------------------------------------------------------
 
 
-def reference(model, input_ids, attention_mask, *, steps, rate, epsilon=1e-8, beta=1.0, free=0.0, seed=0, start=None):
-    """The same ascent with torch.optim.Adam, one step after the other."""
+def reference(
+    model,
+    input_ids,
+    attention_mask,
+    *,
+    steps,
+    rate,
+    epsilon=1e-8,
+    beta=1.0,
+    free=0.0,
+    seed=0,
+    start=None,
+    renew_noise=True,
+    shown=None,
+):
+    """The same ascent with torch.optim.Adam, one step after the other; `shown` collects what each step sees."""
     prior = model.prior(len(input_ids), model.scored_tokens(input_ids, attention_mask).sum(1))
     mean, log_variance = (nn.Parameter(part.clone()) for part in start or (prior.mean, prior.variance.log()))
     optimizer = torch.optim.Adam([mean, log_variance], lr=1.0, betas=(0.9, 0.95), eps=epsilon, maximize=True)
     keys = sequence_keys(input_ids, attention_mask)
     for step in range(steps):
-        noise = sequence_noise(keys, tuple(mean.shape[1:]), seed=seed, stream=Stream.INFERENCE, step=step)
+        draw = step if renew_noise else 0
+        noise = sequence_noise(keys, tuple(mean.shape[1:]), seed=seed, stream=Stream.INFERENCE, step=draw)
         z = mean + (0.5 * log_variance).exp() * noise
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)
         charge = torch.where(kl < free, torch.full_like(kl, free), kl)
-        bound = model.log_likelihood(z, input_ids, attention_mask).sum() - beta * charge.sum()
+        bounds = model.log_likelihood(z, input_ids, attention_mask).sum(1) - beta * charge.flatten(1).sum(1)
         optimizer.zero_grad()
-        mean.grad, log_variance.grad = torch.autograd.grad(bound, (mean, log_variance))
+        mean.grad, log_variance.grad = torch.autograd.grad(bounds.sum(), (mean, log_variance))
+        if shown is not None:
+            shown.append([bounds.detach(), mean.grad.clone(), log_variance.grad.clone()])
         optimizer.param_groups[0]["lr"] = rate(step)
         optimizer.step()
     return mean.detach(), log_variance.detach()
@@ -134,6 +151,43 @@ def test_noise_is_fresh_at_each_step_and_differs_by_seed():
     infer(model, input_ids, steps=3, rate=0.0)
     infer(model, input_ids, steps=3, rate=0.0, seed=1)
     assert len(torch.stack(seen).unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize(
+    "toy", [linear_gaussian, three_verbs, lambda: small_model("ltm")], ids=["linear", "own", "ltm"]
+)
+@pytest.mark.parametrize("renew_noise", [True, False])
+def test_each_step_is_shown_before_it_is_taken(toy, renew_noise):
+    """Objective of each row and gradients, against the loop of torch.optim.Adam; also without new noise."""
+    model, shown = toy(), []
+    input_ids, mask = padded(texts(3, 9), [9, 5, 2], "right")
+    shape = model.prior(3, 8).event_shape
+    start = tuple(0.5 * torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0)))
+    options = {"rate": 0.1, "beta": 0.3, "seed": 7}
+
+    def show(step, objective, gradients):
+        assert not any(part.requires_grad for part in (objective, *gradients))
+        shown.append((step, objective, *(part.clone() for part in gradients)))
+
+    found = infer(model, input_ids, mask, steps=5, start=start, renew_noise=renew_noise, on_step=show, **options)
+    expected, slow = [], {**options, "rate": lambda step: 0.1, "renew_noise": renew_noise, "start": start}
+    mean, log_variance = reference(model, input_ids, mask, steps=5, shown=expected, **slow)
+    torch.testing.assert_close(found.mean, mean, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found.variance.log(), log_variance, atol=2e-5, rtol=0)
+    assert [step for step, *_ in shown] == [0, 1, 2, 3, 4]
+    assert shown[0][1].shape == (3,) and shown[0][2].shape == shown[0][3].shape == (3, *shape)
+    for (_, *ours), theirs in zip(shown, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_without_new_noise_one_draw_serves_all_steps():
+    model, input_ids = linear_gaussian(), texts(2, 6)
+    seen = []
+    original = model.log_likelihood
+    model.log_likelihood = lambda z, *rest: (seen.append(z.detach().clone()), original(z, *rest))[1]
+    infer(model, input_ids, steps=3, rate=0.0, renew_noise=False)
+    infer(model, input_ids, steps=1, rate=0.0)
+    assert len(seen) == 4 and len(torch.stack(seen).unique(dim=0)) == 1
 
 
 def test_the_rate_is_asked_for_once_a_step():

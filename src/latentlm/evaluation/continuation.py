@@ -62,10 +62,10 @@ def continuation(
                 end = min(begin + every, longest)
                 seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
                 if begin:
-                    law = model.infer(seen, seen_mask, seed=seed)
-                else:
+                    law, keys = model.infer(seen, seen_mask, seed=seed), sequence_keys(seen, seen_mask)
+                else:  # texts that begin alike need noise of their own, or their errors would add up
                     law = model.prior(len(input_ids), attention_mask.sum(1) - 1)
-                keys = sequence_keys(seen, seen_mask)
+                    keys = sequence_keys(input_ids, attention_mask)
                 log_likelihood = [
                     model.log_likelihood(z, input_ids[:, : end + 1], attention_mask[:, : end + 1])[:, begin:].sum(-1)
                     for z in model.draw_latents(law, keys, draws, seed=seed, stream=Stream.CONTINUATION)

@@ -1,51 +1,90 @@
 """All that is measured of one model on one data set, as one mapping of figures."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from torch.utils.data import Dataset
 
-from latentlm.errors import InputError
+from latentlm.errors import InputError, one_sentence
 from latentlm.evaluation.continuation import continuation
 from latentlm.evaluation.likelihood import evaluate
 from latentlm.evaluation.published import published_figures
-from latentlm.evaluation.samples import prior_samples as write_samples
+from latentlm.evaluation.samples import prior_samples
 from latentlm.latent_lm import LatentLM
+
+
+@strict
+@dataclass(kw_only=True)
+class Scoring:
+    """What is measured.
+
+    Args:
+        protocol: "honest", or "paper" for what the family's published code would report beside it; see
+            `published_figures`.
+        iw_samples: K of the importance-weighted bound, and of a continuation.
+        prompt_tokens: adds the NLL of what follows so many tokens, z inferred from them alone (`continuation`).
+        reinfer_every: of the continuation; see there.
+        prior_samples: so many texts are written from the prior and their variety measured (`samples.prior_samples`).
+        batch_size: sequences at a time; changes speed and memory, no figure.
+    """
+
+    protocol: str = "honest"
+    iw_samples: int = 16
+    prompt_tokens: int | None = None
+    reinfer_every: int | None = None
+    prior_samples: int = 0
+    batch_size: int = 32
+
+    def validate_values(self) -> None:
+        """Part of the validation of `@strict`."""
+        if self.protocol not in ("honest", "paper"):
+            raise ValueError(f"protocol must be honest or paper, not {self.protocol}")
+        for name in ("iw_samples", "reinfer_every", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("prompt_tokens", "prior_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.reinfer_every is not None and self.prompt_tokens is None:
+            raise ValueError("reinfer_every belongs to the continuation of a prompt: give prompt_tokens, too")
+
+    @classmethod
+    def of(cls, **fields: Any) -> "Scoring":
+        """As the constructor, with one sentence for what is wrong (InputError)."""
+        if unknown := sorted(fields.keys() - set(cls.__dataclass_fields__)):
+            raise InputError(f"{unknown[0]} is no option of scoring: {', '.join(sorted(cls.__dataclass_fields__))}.")
+        try:
+            return cls(**fields)
+        except Exception as error:  # strict dataclasses raise their own kinds
+            raise InputError(f"{one_sentence(error).removesuffix('.')}.") from error
 
 
 def measure(
     model: LatentLM,
     sequences: Dataset,
     *,
-    protocol: Literal["honest", "paper"] = "honest",
-    iw_samples: int = 16,
-    prompt_tokens: int | None = None,
-    reinfer_every: int | None = None,
-    prior_samples: int = 0,
-    batch_size: int = 32,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
+    **scoring: Any,
 ) -> dict[str, Any]:
-    """The figures of `evaluate`, and beside them what is asked for.
-
-    Args:
-        protocol: "paper" adds what the family's published code would report (`published_figures`).
-        prompt_tokens: adds the NLL of what follows so many tokens, z inferred from them alone (`continuation`).
-        reinfer_every: of the continuation; see there.
-        prior_samples: so many texts are written from the prior and their variety measured (`samples.prior_samples`).
-    """
-    if protocol not in ("honest", "paper"):
-        raise InputError(f"protocol must be honest or paper, not {protocol}.")
-    if reinfer_every is not None and prompt_tokens is None:
-        raise InputError("reinfer_every belongs to the continuation of a prompt: give prompt_tokens, too.")
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "on_progress": on_progress}
-    figures = evaluate(model, sequences, iw_samples=iw_samples, **options)
-    if protocol == "paper":
-        figures |= {**published_figures(model, sequences, **options), "protocol": "paper"}
-    if prompt_tokens is not None:
-        figures |= continuation(
-            model, sequences, prompt_tokens=prompt_tokens, reinfer_every=reinfer_every, samples=iw_samples, **options
+    """The figures of `evaluate`, and beside them what `scoring`, the fields of `Scoring`, asks for."""
+    wanted = Scoring.of(**scoring)
+    options: dict[str, Any] = {"batch_size": wanted.batch_size, "seed": seed, "on_progress": on_progress}
+    beside: dict[str, Any] = {}
+    # these first, since they may have to refuse
+    if wanted.protocol == "paper":
+        beside |= {**published_figures(model, sequences, **options), "protocol": "paper"}
+    if wanted.prompt_tokens is not None:
+        beside |= continuation(
+            model,
+            sequences,
+            prompt_tokens=wanted.prompt_tokens,
+            reinfer_every=wanted.reinfer_every,
+            samples=wanted.iw_samples,
+            **options,
         )
-    if prior_samples:
-        figures |= write_samples(model, number=prior_samples, batch_size=batch_size, seed=seed)
-    return figures
+    if wanted.prior_samples:
+        beside |= prior_samples(model, number=wanted.prior_samples, seed=seed)
+    return evaluate(model, sequences, iw_samples=wanted.iw_samples, **options) | beside

@@ -43,7 +43,7 @@ def published_figures(
             lengths = model.scored_tokens(input_ids, attention_mask).sum(1)
             nats += float(nll.sum())
             tokens += int(lengths.sum())
-            perplexities += (nll / lengths).exp().tolist()
+            perplexities += (nll / lengths.clamp_min(1)).exp().tolist()
     return {
         "published_nll_per_token": nats / tokens,
         "published_perplexity": math.fsum(perplexities) / len(perplexities),

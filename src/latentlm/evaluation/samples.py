@@ -13,11 +13,14 @@ from latentlm.errors import InputError
 from latentlm.evaluation.batches import evaluating, synchronised
 from latentlm.latent_lm import LatentLM
 
+# texts written together: of one size, since the tokens of a batch come from one generator
+_AT_ONCE = 32
 
-def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams ÷ all n-grams of all texts together (Li et al. 2016, section 5.2); NaN where there are none."""
+
+def distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:
+    """Distinct n-grams ÷ all n-grams of all texts together (Li et al. 2016, section 5.2); None where there are none."""
     grams = [tuple(text[place : place + n]) for text in texts for place in range(len(text) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else math.nan
+    return len(set(grams)) / len(grams) if grams else None
 
 
 def token_entropy(text: Sequence[int]) -> float:
@@ -26,7 +29,7 @@ def token_entropy(text: Sequence[int]) -> float:
 
 
 def prior_samples(
-    model: LatentLM, *, number: int = 64, max_new_tokens: int | None = None, batch_size: int = 32, seed: int = 0
+    model: LatentLM, *, number: int = 64, max_new_tokens: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """Writes `number` texts from the prior, at temperature 1, and says how varied they are.
 
@@ -36,8 +39,8 @@ def prior_samples(
     """
     if not isinstance(model, CausalLatentLM):
         raise InputError(f"a {type(model).__name__} does not write text from its prior.")
-    if number < 1 or batch_size < 1:
-        raise InputError("number and batch_size must be at least 1.")
+    if number < 1:
+        raise InputError("number must be at least 1.")
     config = model.config
     if config.bos_token_id is None:
         raise InputError("the model's config names no bos_token_id, so it cannot start a text.")
@@ -45,9 +48,9 @@ def prior_samples(
     texts: list[list[int]] = []
     start = time.perf_counter()
     with evaluating(model):
-        for first in range(0, number, batch_size):
+        for first in range(0, number, _AT_ONCE):
             rows = model.generate(
-                torch.full((min(batch_size, number - first), 1), config.bos_token_id, device=model.device),
+                torch.full((min(_AT_ONCE, number - first), 1), config.bos_token_id, device=model.device),
                 max_new_tokens=max_new_tokens or config.max_position_embeddings,
                 do_sample=True,
                 top_k=0,

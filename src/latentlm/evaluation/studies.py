@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 Row = Mapping[str, Any]
 
@@ -32,7 +33,8 @@ _COLUMNS: Sequence[tuple[str, str, str]] = (
 # of no meaning where the likelihood is exact
 _OF_LATENTS = {"prior_nll_per_token", "reconstruction_nll_per_token", "kl_per_sequence", "active_units"}
 _OF_LATENTS |= {"mutual_information", "inference_seconds"}
-_FIGURES = {key: label for label, key, _ in _COLUMNS}
+_LABELS = {key: label for label, key, _ in _COLUMNS}
+FIGURES = frozenset(_LABELS)
 
 
 def study_table(name: str, rows: Sequence[Row]) -> Table:
@@ -41,9 +43,9 @@ def study_table(name: str, rows: Sequence[Row]) -> Table:
     Where a row stands for several seeds, the figure is their mean ± standard deviation.
     """
     seeds = sorted({row["seeds"] for row in rows})
-    table = Table(
-        title=f"{name} ({' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})", title_justify="left"
-    )
+    # Text, since a name may have brackets, which a string's markup would eat
+    title = Text(f"{name} ({' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})")
+    table = Table(title=title, title_justify="left")
     table.add_column("run")
     evaluations = any(row["evaluation"] for row in rows)
     if evaluations:
@@ -53,7 +55,7 @@ def study_table(name: str, rows: Sequence[Row]) -> Table:
         table.add_column(label, justify="right")
     for row in rows:
         names = [row["run"], row["evaluation"]] if evaluations else [row["run"]]
-        table.add_row(*names, *(_cell(row, key, form) for _, key, form in columns))
+        table.add_row(*map(Text, names), *(_cell(row, key, form) for _, key, form in columns))
     return table
 
 
@@ -106,17 +108,24 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
     for index, (name, group) in enumerate(series.items()):
         exact = all(row["exact"] for row in group)
         for key, style in zip(ys[:1] if exact else ys, ("-", "--", ":", "-."), strict=False):
-            points = sorted(
-                (row["settings"].get(x, row.get(x)), row[key], row["spread"].get(key, 0.0)) for row in group
-            )
-            label = f"{name}: {'exact' if exact else _FIGURES[key]}"
+            points = [
+                (row["settings"].get(x, row.get(x)), row[key], row["spread"].get(key, 0.0))
+                for row in group
+                if row.get(key) is not None
+            ]
+            if not points:
+                continue
+            if numeric := all(isinstance(place, int | float) for place, *_ in points):
+                points.sort()
+            label = f"{name}: {'exact' if exact else _LABELS[key]}"
             where, heights, spread = zip(*points, strict=True)
+            where = where if numeric else tuple(map(str, where))
             panel.errorbar(
                 where, heights, yerr=spread if any(spread) else None, linestyle=style, color=f"C{index}", marker="o",
                 markersize=3, linewidth=1.2, label=label,
             )  # fmt: skip
     values = [row["settings"].get(x, row.get(x)) for group in series.values() for row in group]
-    if values and max(values) > 8 * max(min(values), 1e-9):
+    if all(isinstance(value, int | float) for value in values) and max(values, default=0) > 8 * max(min(values), 1e-9):
         panel.set_xscale("log" if min(values) > 0 else "symlog", **({} if min(values) > 0 else {"linthresh": 1}))
     panel.set_xlabel(x.removeprefix("model.").replace("_", " "))
 
@@ -129,7 +138,7 @@ def _bounds(panel: Any, rows: Sequence[Row]) -> None:
         spread = [row["spread"].get(key, 0.0) for _, row in chosen]
         panel.errorbar(
             [place for place, _ in chosen], [row[key] for _, row in chosen], yerr=spread if any(spread) else None,
-            linestyle="", marker=mark, label=_FIGURES[key],
+            linestyle="", marker=mark, label=_LABELS[key],
         )  # fmt: skip
     exact = [(place, row["iw_nll_per_token"]) for place, row in zip(places, rows, strict=True) if row["exact"]]
     if exact:

@@ -120,10 +120,14 @@ class LTMConfig(CausalConfig):
         return cls(**{"num_hidden_layers": layers, "inference_steps": steps, **changes})
 
 
+class FromZero(nn.Linear):
+    """A linear map that begins at 0. A class, since transformers initialises modules that hold parameters, by class."""
+
+
 class LatentEncoder(nn.Module):
     """q_φ(z | x): a bidirectional Transformer, a learned query for each latent vector, and its μ and log σ².
 
-    Not in the paper but for its "jump-start" (section 2.3) and the VAE of its ablations (Table 4).
+    The paper's VAE (section 2.2, Table 4) has one, and its "cooperative scheme", left open, needs one.
     """
 
     def __init__(self, config: LTMConfig, latent_shape: tuple[int, ...]):
@@ -132,19 +136,22 @@ class LatentEncoder(nn.Module):
         self.latent_shape = latent_shape
         self.transformer = BidirectionalEncoder(config, config.encoder_layers)
         self.pooling = AttentionPooling(config, math.prod(latent_shape[:-1]))
-        self.moments = nn.Linear(config.hidden_size, 2 * config.latent_size)
+        self.moments = FromZero(config.hidden_size, 2 * config.latent_size, bias=False)  # at first no text moves q
+        self.mean = nn.Parameter(torch.zeros(config.latent_size))
+        self.log_variance = nn.Parameter(torch.zeros(config.latent_size))
 
     def forward(
         self, x: Float[Tensor, "batch time hidden"], attention_mask: Int64[Tensor, "batch time"] | None
     ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
         """μ and log σ²."""
         pooled = self.pooling(self.transformer(x, attention_mask), attention_mask)
-        mean, log_variance = self.moments(pooled).float().chunk(2, dim=-1)
-        return mean.unflatten(1, self.latent_shape[:-1]), log_variance.unflatten(1, self.latent_shape[:-1])
+        moments = self.moments(pooled).float().unflatten(1, self.latent_shape[:-1])
+        mean, log_variance = moments.chunk(2, dim=-1)
+        return mean + self.mean, log_variance + self.log_variance
 
 
 class LatentTransformer(nn.Module):
-    """z = f(z_0): a small Transformer over the latent vectors (section 5 leaves it open); the identity at first."""
+    """z = f_α(z_0), the "neural transport" of section 2.1: a Transformer over the latents, at first the identity."""
 
     def __init__(self, config: LTMConfig, latent_shape: tuple[int, ...]):
         super().__init__()
@@ -152,7 +159,7 @@ class LatentTransformer(nn.Module):
         self.input = nn.Linear(config.latent_size, config.hidden_size)
         self.places = nn.Embedding(math.prod(latent_shape[:-1]), config.hidden_size)
         self.transformer = BidirectionalEncoder(config, config.prior_layers)
-        self.output = nn.Linear(config.hidden_size, config.latent_size)
+        self.output = FromZero(config.hidden_size, config.latent_size)
 
     def forward(self, latents: Float[Tensor, "batch layers latents size"]) -> Tensor:
         flat = latents.to(self.input.weight.dtype).flatten(1, 2)
@@ -199,13 +206,11 @@ class LTM(CausalLatentLM):
                     nn.init.constant_(getattr(self, name), value)
             if hasattr(self, "start_log_variance"):
                 nn.init.constant_(self.start_log_variance, start)
-        elif isinstance(module, LatentEncoder):  # at first no text moves q
-            nn.init.zeros_(module.moments.weight)
-            nn.init.zeros_(module.moments.bias)
-            nn.init.constant_(module.moments.bias[len(module.moments.bias) // 2 :], start)
-        elif isinstance(module, LatentTransformer):
-            nn.init.zeros_(module.output.weight)
-            nn.init.zeros_(module.output.bias)
+        elif isinstance(module, LatentEncoder):
+            nn.init.zeros_(module.mean)
+            nn.init.constant_(module.log_variance, start)
+        elif isinstance(module, FromZero):
+            nn.init.zeros_(module.weight)
 
     def prior(self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None) -> Independent:
         if self.config.latent_prior != "diagonal":

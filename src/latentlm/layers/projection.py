@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # logits alive at a time: on a CPU what a core's cache holds, on a GPU what keeps its units busy
-_LOGITS_ON_CPU = 2**20
+_LOGITS_ON_CPU = 2**22
 _LOGITS_ON_GPU = 2**26
 
 
@@ -33,19 +33,17 @@ class _TokenLogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         precise = torch.promote_types(states.dtype, torch.float32)
-        normaliser = torch.empty(len(states), dtype=precise, device=states.device)
-        chosen = torch.empty_like(normaliser)
+        chosen = torch.empty(len(states), dtype=precise, device=states.device)
         wants_states, wants_weight, _ = ctx.needs_input_grad
         slope = torch.empty_like(states) if wants_states else None
         for part in _parts(states, weight):
-            logits = (states[part] @ weight.T).to(precise)
-            normaliser[part] = logits.logsumexp(-1)
-            chosen[part] = logits.gather(-1, targets[part, None])[:, 0]
+            log_probabilities = (states[part] @ weight.T).log_softmax(-1, dtype=precise)
+            chosen[part] = log_probabilities.gather(-1, targets[part, None])[:, 0]
             if slope is not None:
-                probabilities = logits.sub_(normaliser[part, None]).exp_().to(weight.dtype)
+                probabilities = log_probabilities.exp_().to(weight.dtype)
                 torch.sub(weight[targets[part]], probabilities @ weight, out=slope[part])
-        ctx.save_for_backward(slope, *((states, weight, targets, normaliser) if wants_weight else ()))
-        return chosen - normaliser
+        ctx.save_for_backward(slope, *((states, weight, targets) if wants_weight else ()))
+        return chosen
 
     @staticmethod
     @once_differentiable
@@ -54,12 +52,12 @@ class _TokenLogLikelihood(torch.autograd.Function):
         gradient_of_states = None if slope is None else (gradient[:, None] * slope).to(slope.dtype)
         if not rest:
             return gradient_of_states, None, None
-        states, weight, targets, normaliser = rest
-        gradient_of_weight = torch.zeros_like(weight, dtype=normaliser.dtype)
+        states, weight, targets = rest
+        gradient_of_weight = torch.zeros_like(weight, dtype=gradient.dtype)
         for part in _parts(states, weight):
-            weights = (states[part] @ weight.T).to(normaliser.dtype).sub_(normaliser[part, None]).exp_()
+            weights = (states[part] @ weight.T).softmax(-1, dtype=gradient.dtype)
             weights.mul_(-gradient[part, None])
-            weights.scatter_add_(1, targets[part, None], gradient[part, None].to(weights.dtype))
+            weights.scatter_add_(1, targets[part, None], gradient[part, None])
             gradient_of_weight += weights.to(states.dtype).T @ states[part]
         return gradient_of_states, gradient_of_weight.to(weight.dtype), None
 

@@ -11,25 +11,25 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-Rotation = tuple[Float[Tensor, "_rows _time width"], Float[Tensor, "_rows _time width"]]
+Rotation = tuple[Float[Tensor, "_rows 1 _time width"], Float[Tensor, "_rows 1 _time width"]]
 
 
 def rotation(positions: Tensor, width: int, theta: float) -> Rotation:
-    """Cosines and sines of rotary position embedding (Su et al. 2021, eq. 34) for positions [rows, time].
+    """Cosines and ∓ sines of rotary position embedding (Su et al. 2021, eq. 34) for positions [rows, time].
 
     Computed in float32 when needed rather than kept as a buffer: it is cheap, bf16 cannot hold it, and a buffer that is
     not saved would have to be rebuilt by every way of loading weights.
     """
     frequencies = theta ** -(torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
-    angles = positions[..., None].float() * frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    angles = positions[:, None, :, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x_BHTD: Tensor, by: Rotation) -> Tensor:
-    cos, sin = (part.unsqueeze(1).to(x_BHTD.dtype) for part in by)
+    cos, sin = (part.to(x_BHTD.dtype) for part in by)
     first, second = x_BHTD.chunk(2, dim=-1)
-    return x_BHTD * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.addcmul(x_BHTD * cos, torch.cat((second, first), dim=-1), sin)
 
 
 class Attention(nn.Module):
@@ -46,6 +46,7 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
+        self.heads = config.num_attention_heads
         self.head_size = config.hidden_size // config.num_attention_heads
         self.is_causal = causal and memory_size is None
         self.sliding_window = config.sliding_window if self.is_causal else None
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         self.output = nn.Linear(size, size, bias=False)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.config.num_attention_heads, self.head_size)).transpose(1, 2)
+        return x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
 
     def self_attention(
         self, x: Float[Tensor, "batch time hidden"], positions: Rotation, mask: Tensor | None, cache: Cache | None

@@ -186,7 +186,7 @@ def _apply(document: dict[str, Any], override: str, places: dict[tuple[str, ...]
         raise InputError(f"override {override!r} is not of the form section.key=value, as in training.max_steps=100.")
     try:
         value = yaml.load(text, Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         raise InputError(f"override {override!r}: the value is not valid YAML.") from error
     if not isinstance(document.setdefault(section, {}), dict):
         raise InputError(f"{places[(section,)]}: {section} must be a mapping of keys to values.")

@@ -32,29 +32,64 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub.dataclasses import strict
+from transformers.utils import logging as transformers_logging
 
+from latentlm.data.recipe import evaluation_sequences
 from latentlm.errors import InputError, one_sentence
+from latentlm.evaluation.measure import Scoring, measure
+from latentlm.evaluation.studies import FIGURES
 from latentlm.files import write_whole
+from latentlm.loading import load
+from latentlm.training import run as training_run
 from latentlm.training.recipe import Loader, load_recipe
 
-RESULTS_FILE = "results.json"
-_SCORING = {"protocol", "iw_samples", "prompt_tokens", "reinfer_every", "prior_samples", "batch_size", "limit"}
+SCORES_FILE = "scores.json"
 
 
 @strict
 @dataclass(kw_only=True)
 class Study:
-    """One question: runs, and how each is scored. `recipe` and `scoring` are the sweep's where they are not given."""
+    """One question: runs, and how each is scored. `recipe`, `seeds` and `scoring` are the sweep's unless given."""
 
     runs: dict
     recipe: str | None = None
-    seeds: list | None = None
+    seeds: list[int]
     grid: dict = field(default_factory=dict)
     scoring: dict = field(default_factory=dict)
     evaluations: dict = field(default_factory=lambda: {"": {}})
     plot: dict | None = None
+
+    def validate_values(self) -> None:
+        """Part of the validation of `@strict`."""
+        if (
+            not self.seeds
+            or len(set(self.seeds)) < len(self.seeds)
+            or not all(0 <= seed < 2**32 for seed in self.seeds)
+        ):
+            raise ValueError(f"seeds must be different whole numbers from 0 to 2**32 - 1, not {self.seeds}")
+        for name in ("runs", "evaluations"):
+            content = getattr(self, name)
+            if not content:
+                raise ValueError(f"{name} must name at least one")
+            for key, value in content.items():
+                if not (value is None or isinstance(value, dict)) or not all(isinstance(k, str) for k in value or {}):
+                    raise ValueError(f"{name}: {key!r} must be a mapping of keys to values, not {value!r}")
+            if len({str(key) for key in content}) < len(content):
+                raise ValueError(f"{name} has two of one name")
+        for key, values in self.grid.items():
+            if not isinstance(key, str) or not isinstance(values, list) or not values:
+                raise ValueError(f"grid: {key!r} must be a list of values, not {values!r}")
+        if not all(isinstance(key, str) for key in self.scoring):
+            raise ValueError("scoring must be a mapping of options to values")
+        if self.plot is not None:
+            ys = self.plot.get("y", [])
+            if not isinstance(self.plot.get("x"), str) or self.plot.keys() - {"x", "y"}:
+                raise ValueError("plot is a mapping with x, a setting or a figure, and y, a list of figures")
+            if not isinstance(ys, list) or ("y" in self.plot and not ys) or set(map(str, ys)) - FIGURES:
+                raise ValueError(f"plot: y must be a list of figures among {', '.join(sorted(FIGURES))}, not {ys}")
 
 
 @dataclass(frozen=True)
@@ -68,10 +103,21 @@ class Run:
     @classmethod
     def of(cls, recipe: Path, overrides: Sequence[str]) -> "Run":
         """Checks the recipe; the folder's name ends in a digest of all that it says, changes applied."""
-        document = load_recipe(recipe, overrides).document
+        document, unchanged = load_recipe(recipe, overrides).document, load_recipe(recipe).document
         digest = hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()[:10]
-        words = [re.sub(r"[^\w.=-]+", "-", one.partition(".")[2]) for one in overrides]
+        words = [
+            re.sub(r"[^\w.=-]+", "", f"{key}={value}")
+            for section, content in document.items()
+            for key, value in content.items()
+            if value != unchanged.get(section, {}).get(key)
+        ]
         return cls(recipe, tuple(overrides), "_".join([recipe.stem, *words])[:96] + "_" + digest)
+
+    def change(self, inference: Mapping[str, Any]) -> None:
+        """Raises InputError where this run's model cannot infer so; the model is made without memory."""
+        recipe = load_recipe(self.recipe, self.overrides)
+        with torch.device("meta"):
+            recipe.family(recipe.model_config(vocab_size=8)).change_inference(**inference)
 
 
 @dataclass(frozen=True)
@@ -89,7 +135,8 @@ class Trial:
 
     @property
     def key(self) -> str:
-        return json.dumps([self.run.folder, self.inference, self.scoring], sort_keys=True)
+        """Under which a run's folder keeps this trial's figures; the seed of the noise is the run's."""
+        return json.dumps([self.inference, self.scoring], sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -115,7 +162,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """
     path = Path(path)
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        text = path.read_text(encoding="utf-8")
+        _check_keys(yaml.compose(text, Loader), str(path))
+        document = yaml.load(text, Loader)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"sweep {path} cannot be read: {error.strerror}.") from error
     except (yaml.YAMLError, ValueError) as error:
@@ -124,45 +175,69 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise InputError(f"{path}: a sweep is a mapping with the key studies, which names at least one.")
     if unknown := sorted(map(str, document.keys() - {"recipe", "seeds", "scoring", "studies"})):
         raise InputError(f"{path}: unknown key {unknown[0]!r}; a sweep has recipe, seeds, scoring and studies.")
-    studies, trials = {}, []
+    if not isinstance(document.setdefault("scoring", {}), dict):
+        raise InputError(f"{path}: scoring must be a mapping of options to values, not {document['scoring']!r}.")
+    shared = {"recipe": document.get("recipe"), "seeds": document.get("seeds", [0])}
+    studies: dict[str, Study] = {}
+    trials: list[Trial] = []
     for name, content in document["studies"].items():
         where = f"{path}, study {name!r}"
-        if not isinstance(content, dict):
-            raise InputError(f"{where}: must be a mapping with the key runs.")
+        if not isinstance(content, dict) or str(name) in studies:
+            raise InputError(f"{where}: must be one mapping with the key runs.")
         try:
-            study = Study(**content)
+            if not isinstance(content.get("scoring", {}), dict):
+                raise InputError("scoring must be a mapping of options to values.")
+            study = Study(**{**shared, **content, "scoring": {**document["scoring"], **content.get("scoring", {})}})
+            trials += _trials(str(name), study, path.parent, overrides)
         except Exception as error:  # a strict dataclass raises its own kinds
             raise InputError(f"{where}: {one_sentence(error)}") from error
-        study.recipe = study.recipe or document.get("recipe")
-        study.seeds = study.seeds or document.get("seeds") or [0]
-        study.scoring = {**(document.get("scoring") or {}), **study.scoring}
         studies[str(name)] = study
-        trials += _trials(str(name), study, path.parent, overrides, where)
     return Sweep(studies, trials)
 
 
-def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str], where: str) -> list[Trial]:
-    trials = []
-    assert study.seeds is not None
+def _check_keys(node: yaml.Node | None, where: str) -> None:
+    """YAML keeps the last of two equal keys and says nothing."""
+    seen = set()
+    for part in node.value if isinstance(node, yaml.CollectionNode) else ():
+        key, value = part if isinstance(node, yaml.MappingNode) else (None, part)
+        if key is not None and key.value in seen:
+            raise InputError(f"{where}, line {key.start_mark.line + 1}: {key.value!r} is given twice.")
+        if isinstance(key, yaml.ScalarNode):
+            seen.add(key.value)
+        _check_keys(value, where)
+
+
+def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str]) -> list[Trial]:
+    trials: list[Trial] = []
     combinations = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
-    for (run_name, changes), combination, seed in itertools.product(study.runs.items(), combinations, study.seeds):
-        changes = {**(changes or {}), **combination}
+    for (run_name, own), combination, seed in itertools.product(study.runs.items(), combinations, study.seeds):
+        changes = {**(own or {}), **combination}
         label = ", ".join([str(run_name), *(f"{key.partition('.')[2]}={value}" for key, value in combination.items())])
         recipe = changes.pop("recipe", study.recipe)
-        if recipe is None:
-            raise InputError(f"{where}: neither the run {run_name!r} nor the sweep names a recipe.")
-        own = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+        if not isinstance(recipe, str):
+            raise InputError(f"neither the run {label!r} nor the sweep names a recipe.")
+        if "training.seed" in changes:
+            raise InputError(f"run {label!r}: seeds stand under seeds, not under training.seed.")
+        settings = [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
         try:
-            run = Run.of(folder / recipe, (*own, *overrides, f"training.seed={seed}"))
+            run = Run.of(folder / recipe, (*settings, *overrides, f"training.seed={seed}"))
         except InputError as error:
-            raise InputError(f"{where}, run {label!r}: {error}") from error
-        for evaluation, settings in study.evaluations.items():
-            settings = {**study.scoring, **(settings or {})}
-            inference = {key: value for key, value in settings.items() if key.startswith("inference")}
-            scoring = {key: value for key, value in settings.items() if key not in inference}
-            if unknown := sorted(scoring.keys() - _SCORING):
-                raise InputError(f"{where}: {unknown[0]} is no option of scoring: {', '.join(sorted(_SCORING))}.")
+            raise InputError(f"run {label!r}: {error}") from error
+        for evaluation, asked in study.evaluations.items():
+            asked = {**study.scoring, **(asked or {})}
+            inference = {key: value for key, value in asked.items() if key.startswith("inference")}
+            scoring = {key: value for key, value in asked.items() if key not in inference}
+            limit = scoring.get("limit")
+            if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+                raise InputError(f"limit must be at least 1, not {limit!r}.")
+            Scoring.of(**{key: value for key, value in scoring.items() if key != "limit"})
+            if seed == study.seeds[0] and inference:
+                run.change(inference)
             trials.append(Trial(name, label, str(evaluation), seed, run, changes, inference, scoring))
+    if study.plot and study.plot["x"] not in FIGURES | {
+        key for trial in trials for key in {**trial.changes, **trial.inference, **trial.scoring}
+    }:
+        raise InputError(f"plot: x must be a setting that the study changes, or a figure, not {study.plot['x']!r}.")
     return trials
 
 
@@ -183,12 +258,11 @@ def run_sweep(
         on_failure: told of a run that failed; the others go on, and the trials of that one are left out.
     """
     output.mkdir(parents=True, exist_ok=True)
-    file = output / RESULTS_FILE
-    results: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     threads = threads or max((os.cpu_count() or 1) // jobs, 1)
+    scores = {run: _scores(output / run.folder) for run in sweep.runs}
     wanted: dict[Run, dict[str, Trial]] = {}
     for trial in sweep.trials:
-        if trial.key not in results:
+        if trial.key not in scores[trial.run]:
             wanted.setdefault(trial.run, {})[trial.key] = trial
     done, total = len(sweep.runs) - len(wanted), len(sweep.runs)
     on_progress(done, total)
@@ -197,43 +271,50 @@ def run_sweep(
             pool.submit(_train_and_score, run, output / run.folder, list(trials.values()), threads): run
             for run, trials in wanted.items()
         }
-        for future in as_completed(work):
-            try:
-                results |= future.result()
-                write_whole(file, json.dumps(results, indent=1))
-            except Exception as error:
-                on_failure(f"{work[future].folder}: {one_sentence(error)}")
-            done += 1
-            on_progress(done, total)
+        try:
+            for future in as_completed(work):
+                try:
+                    future.result()
+                except Exception as error:
+                    on_failure(f"{work[future].folder}: {one_sentence(error)}")
+                scores[work[future]] = _scores(output / work[future].folder)
+                done += 1
+                on_progress(done, total)
+        except BaseException:  # Ctrl-C: leaving the pool would wait for all that it was given
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return [
         {"study": trial.study, "run": trial.name, "evaluation": trial.evaluation, "seed": trial.seed}
         | {"settings": {**trial.changes, **trial.inference, **trial.scoring}}
-        | results[trial.key]
+        | scores[trial.run][trial.key]
         for trial in sweep.trials
-        if trial.key in results
+        if trial.key in scores[trial.run]
     ]
 
 
-def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: int) -> dict[str, dict[str, Any]]:
-    """The figures of one run's trials; trains it unless its folder holds a finished model."""
-    import torch
-    from transformers.utils import logging as transformers_logging
+def _scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """Figures of a run's trials that are known already, by their keys."""
+    file = folder / SCORES_FILE
+    try:
+        scores = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: delete it, and its run is scored again.") from error
+    if not isinstance(scores, dict):
+        raise InputError(f"{file} is damaged: delete it, and its run is scored again.")
+    return scores
 
-    from latentlm.data.recipe import evaluation_sequences
-    from latentlm.evaluation.measure import measure
-    from latentlm.loading import load
-    from latentlm.training.run import HISTORY_FILE, train
 
+def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: int) -> None:
+    """Leaves the figures of one run's trials in its folder; trains it unless the folder holds a finished model."""
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
-    if not (folder / HISTORY_FILE).exists():
-        train(load_recipe(run.recipe, run.overrides), folder, replace=True)
-    history = json.loads((folder / HISTORY_FILE).read_text(encoding="utf-8"))
+    if not (folder / training_run.HISTORY_FILE).exists():
+        training_run.train(load_recipe(run.recipe, run.overrides), folder, replace=True)
+    history = json.loads((folder / training_run.HISTORY_FILE).read_text(encoding="utf-8"))
     trained = {
         "training_seconds": next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None),
         "training_tokens": int(max((entry["tokens"] for entry in history if "tokens" in entry), default=0)),
     }
-    results = {}
     for trial in trials:
         model, tokenizer = load(folder)
         model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -242,8 +323,8 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
         sequences = evaluation_sequences(
             folder, tokenizer, model.config.max_position_embeddings, limit=options.pop("limit", None)
         )
-        results[trial.key] = trained | measure(model, sequences, seed=trial.seed, **options)
-    return results
+        figures = trained | measure(model, sequences, seed=trial.seed, **options)
+        write_whole(folder / SCORES_FILE, json.dumps({**_scores(folder), trial.key: figures}, indent=1))
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
