@@ -337,7 +337,8 @@ def test_sweep_shows_a_table_for_each_study_and_goes_on_where_it_was(latentlm, w
     status, out, err = latentlm(*command)
     assert (status, err) == (0, "")
     assert "2 models to train, 2 rows of figures, in runs/sweep" in out
-    assert "steps (1 seed)" in out and "plot: runs/sweep/studies.png" in out
+    assert "steps (1 seed)" in out and "left in runs/sweep: studies.md, studies.png" in out
+    assert "### steps (1 seed)" in (working_folder / "runs" / "sweep" / "studies.md").read_text()
     rows = json.loads((working_folder / "rows.json").read_text())
     assert [row["run"] for row in rows] == ["two", "one"]
     for row in rows:

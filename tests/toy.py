@@ -30,7 +30,16 @@ _COMMON: dict[str, Any] = {
 }
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "autoregressive": {},
-    "ltm": {"latents_per_layer": 3, "latent_size": 8, "inference_steps": 4},
+    "ltm": {
+        "latents_per_layer": 3,
+        "latent_size": 8,
+        "inference_steps": 4,
+        # the paper's rates, whose steps are easily written out
+        "inference_lr": 0.3,
+        "inference_lr_final": 0.34,
+        "inference_lr_decay": 1.0,
+        "inference_epsilon": 1e-8,
+    },
 }
 
 

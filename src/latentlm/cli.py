@@ -98,7 +98,7 @@ def train(
 ) -> None:
     """Train what a recipe says.
 
-    Example: latentlm train recipes/ltm-wikitext2-700k.yaml data.source=train.txt data.validation=valid.txt
+    Example: latentlm train recipes/ltm-wikitext2-450k.yaml data.source=train.txt data.validation=valid.txt
     """
     from latentlm.training.progress import ProgressLine
     from latentlm.training.recipe import load_recipe
@@ -142,7 +142,8 @@ def sweep(
 
     Example: latentlm sweep recipes/sweeps/ltm-stories.yaml --jobs 2
     """
-    from latentlm.evaluation.studies import study_plots, study_table
+    from latentlm.evaluation.studies import study_markdown, study_plots, study_table
+    from latentlm.files import write_whole
     from latentlm.training.progress import counted
     from latentlm.training.sweep import load_sweep, over_seeds, run_sweep
 
@@ -168,10 +169,15 @@ def sweep(
     plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items() if of_study}
     _write_json(json_file, rows)
     if plots:
+        write_whole(
+            folder / "studies.md", "\n".join(study_markdown(name, of_study) for name, (of_study, _) in plots.items())
+        )
         study_plots(plots, folder / "studies.png")
     if failures:
         raise InputError(f"{len(failures)} of {len(checked.runs)} runs failed: {'; '.join(failures)}")
-    console.print(f"plot: {folder / 'studies.png'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"left in {folder}: studies.md, studies.png, and a folder for each model", highlight=False, soft_wrap=True
+    )
 
 
 @app.command()

@@ -15,12 +15,12 @@ def one_sentence(error: Exception) -> str:
     """What an exception of another library says, on one line and without the names of its validators and types."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"(Class validation error for validator '\w+'|Validation error for field '(\w+)'):?\s*", r"\2 ", text)
-    text = re.sub(r"\b(\w+) Field '\1' expected", r"\1: expected", text)
-    text = re.sub(_NO_TYPE_FITS, lambda found: f"{found[1]} must be {_types(found[3])}, not {found[2]}", text)
-    return re.sub(r"\s*\b(TypeError|ValueError): *", " ", text).strip()
+    text = re.sub(r"\s*\b(TypeError|ValueError): *", " ", text).strip()
+    text = re.sub(r"\b(\w+) +Field '\1' expected", r"\1: expected", text)
+    return re.sub(_NO_TYPE_FITS, lambda found: f"{found[1]} must be {_types(found[3])}, not {found[2]}", text)
 
 
-_NO_TYPE_FITS = r"(?:\w+ )?Field '(\w+)' with value (.+?) doesn't match any type in \((.*?),?\)\. Errors:.*"
+_NO_TYPE_FITS = r"(?:\w+ +)?Field '(\w+)' with value (.+?) doesn't match any type in \((.*?),?\)\. Errors:.*"
 
 
 def _types(listed: str) -> str:

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from latentlm.evaluation.studies import study_plots, study_table
+from latentlm.evaluation.studies import study_markdown, study_plots, study_table
 
 FIGURES = {
     "parameters": 12345,
@@ -97,6 +97,16 @@ def test_evaluations_have_a_column_where_there_are_any():
 def test_a_name_is_shown_as_it_is(name):
     assert name in printed([row(name)])
     assert name in printed([row()], name)
+
+
+def test_markdown_has_the_table_s_cells():
+    rows = [row("a | b"), row("control", exact=True)]
+    lines = study_markdown("a study", rows).splitlines()
+    assert lines[0] == "### a study (1 seed)"
+    heads_line, rule, first, second = lines[2:6]
+    assert [cell.strip() for cell in heads_line.strip("|").split("|")] == heads(printed(rows))
+    assert rule.startswith("| --- | ---: |") and first.startswith("| a \\| b | ")
+    assert second.count("|") == heads_line.count("|")
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

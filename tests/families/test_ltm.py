@@ -332,7 +332,9 @@ def test_cooperative_training_by_hand(objective, prior):
     model.zero_grad()
     encoder_loss, final = cooperative_objective(model, input_ids, mask, 7, objective)
     z = final.mean + final.stddev * score_noise(model, input_ids, mask, 7)
-    assert torch.equal(output.latents, z) and torch.equal(output.posterior_mean, final.mean)
+    # kernels sum in another order what is aligned otherwise in memory
+    torch.testing.assert_close(output.latents, z, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(output.posterior_mean, final.mean, atol=1e-5, rtol=1e-4)
     moments = (model.prior_mean, model.prior_log_variance) if prior == "diagonal" else (0.0, 0.0)
     kl = divergence(final.mean, final.variance.log(), *moments)
     charge = torch.where(kl < free, torch.full_like(kl, free), kl) if free else kl

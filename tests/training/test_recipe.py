@@ -107,7 +107,7 @@ MISTAKES = [
     ("  learning_rate: 1e-2", "  learning_rate: fast", "learning_rate", "number"),
     ("  max_steps: 3", "  max_steps: [3]", "max_steps", "number"),
     ("  use_cpu: true", "  use_cpu: 3", "use_cpu", "true or false"),
-    ("  sequences: 8", "  sequences: many", "sequences", "int"),
+    ("  sequences: 8", "  sequences: many", "sequences", "whole number"),
     ("  iw_samples: 2", "  iw_samples: 2.5", "iw_samples", "int"),
     ("  max_steps: 3", "  max_steps: 2.5", "max_steps"),
     ("  max_steps: 3", "  bf16: maybe", "bf16", "true or false"),

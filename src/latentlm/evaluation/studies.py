@@ -42,21 +42,38 @@ def study_table(name: str, rows: Sequence[Row]) -> Table:
 
     Where a row stands for several seeds, the figure is their mean ± standard deviation.
     """
-    seeds = sorted({row["seeds"] for row in rows})
+    names, heads, lines = _grid(rows)
     # Text, since a name may have brackets, which a string's markup would eat
-    title = Text(f"{name} ({' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})")
-    table = Table(title=title, title_justify="left")
-    table.add_column("run")
-    evaluations = any(row["evaluation"] for row in rows)
-    if evaluations:
-        table.add_column("scored")
-    columns = [column for column in _COLUMNS if any(_cell(row, *column[1:]) != "–" for row in rows)]
-    for label, _, _ in columns:
-        table.add_column(label, justify="right")
-    for row in rows:
-        names = [row["run"], row["evaluation"]] if evaluations else [row["run"]]
-        table.add_row(*map(Text, names), *(_cell(row, key, form) for _, key, form in columns))
+    table = Table(title=Text(_title(name, rows)), title_justify="left")
+    for place, head in enumerate(heads):
+        table.add_column(head, justify="left" if place < names else "right")
+    for line in lines:
+        table.add_row(*map(Text, line))
     return table
+
+
+def study_markdown(name: str, rows: Sequence[Row]) -> str:
+    """As `study_table`, for a document."""
+    names, heads, lines = _grid(rows)
+    rule = ["---" if place < names else "---:" for place in range(len(heads))]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (heads, rule, *lines)]
+    return "\n".join([f"### {_title(name, rows)}", "", *(f"| {' | '.join(line)} |" for line in escaped), ""])
+
+
+def _title(name: str, rows: Sequence[Row]) -> str:
+    seeds = sorted({row["seeds"] for row in rows})
+    return f"{name} ({' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''})"
+
+
+def _grid(rows: Sequence[Row]) -> tuple[int, list[str], list[list[str]]]:
+    """Columns of names, heads, and a line for each row; columns in which nothing stands are left out."""
+    names = [("run", "run"), ("scored", "evaluation")] if any(row["evaluation"] for row in rows) else [("run", "run")]
+    columns = [column for column in _COLUMNS if any(_cell(row, *column[1:]) != "–" for row in rows)]
+    heads = [*(head for head, _ in names), *(label for label, _, _ in columns)]
+    lines = [
+        [*(str(row[key]) for _, key in names), *(_cell(row, key, form) for _, key, form in columns)] for row in rows
+    ]
+    return len(names), heads, lines
 
 
 def _cell(row: Row, key: str, form: str) -> str:
