@@ -328,7 +328,7 @@ def jobs_here(monkeypatch):
 
     from latentlm.training import sweep
 
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
 
 
 @pytest.mark.usefixtures("jobs_here")

@@ -47,7 +47,7 @@ def keep(folder, figures):
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Jobs as threads of this process, which start at once and see what a test has replaced."""
-    monkeypatch.setattr(sweep_module, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(sweep_module, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_a_sweep_gives_the_same_figures_whatever_the_number_of_jobs(folder):
     sweep = loaded(folder, WHOLE)
     two = run_sweep(sweep, folder / "two", jobs=2, threads=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep_module, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs))
+        patch.setattr(sweep_module, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
         one = run_sweep(sweep, folder / "one", jobs=1, threads=1)
     assert figures(one) == figures(two)
     assert [(row["study"], row["run"], row["evaluation"]) for row in one] == [

@@ -25,10 +25,12 @@ import json
 import os
 import re
 import statistics
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +101,13 @@ class Run:
     recipe: Path = field(compare=False)
     overrides: tuple[str, ...] = field(compare=False)
     folder: str
+    exact: bool = field(default=False, compare=False)
 
     @classmethod
     def of(cls, recipe: Path, overrides: Sequence[str]) -> "Run":
         """Checks the recipe; the folder's name ends in a digest of all that it says, changes applied."""
-        document, unchanged = load_recipe(recipe, overrides).document, load_recipe(recipe).document
+        changed, unchanged = load_recipe(recipe, overrides), load_recipe(recipe).document
+        document = changed.document
         digest = hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()[:10]
         words = [
             re.sub(r"[^\w.=-]+", "", f"{key}={value}")
@@ -111,7 +115,7 @@ class Run:
             for key, value in content.items()
             if value != unchanged.get(section, {}).get(key)
         ]
-        return cls(recipe, tuple(overrides), "_".join([recipe.stem, *words])[:96] + "_" + digest)
+        return cls(recipe, tuple(overrides), "_".join([recipe.stem, *words])[:96] + "_" + digest, changed.family.exact)
 
     def change(self, inference: Mapping[str, Any]) -> None:
         """Raises InputError where this run's model cannot infer so; the model is made without memory."""
@@ -195,6 +199,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     return Sweep(studies, trials)
 
 
+def _of_inference(settings: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (settings or {}).items() if key.startswith("inference")}
+
+
 def _check_keys(node: yaml.Node | None, where: str) -> None:
     """YAML keeps the last of two equal keys and says nothing."""
     seen = set()
@@ -223,9 +231,12 @@ def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str]) -> 
             run = Run.of(folder / recipe, (*settings, *overrides, f"training.seed={seed}"))
         except InputError as error:
             raise InputError(f"run {label!r}: {error}") from error
-        for evaluation, asked in study.evaluations.items():
+        evaluations = study.evaluations
+        if run.exact:  # it infers nothing, so there is nothing to change
+            evaluations = {name: one for name, one in evaluations.items() if not _of_inference(one)} or {"": {}}
+        for evaluation, asked in evaluations.items():
             asked = {**study.scoring, **(asked or {})}
-            inference = {key: value for key, value in asked.items() if key.startswith("inference")}
+            inference = _of_inference(asked)
             scoring = {key: value for key, value in asked.items() if key not in inference}
             limit = scoring.get("limit")
             if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
@@ -266,7 +277,7 @@ def run_sweep(
             wanted.setdefault(trial.run, {})[trial.key] = trial
     done, total = len(sweep.runs) - len(wanted), len(sweep.runs)
     on_progress(done, total)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         work = {
             pool.submit(_train_and_score, run, output / run.folder, list(trials.values()), threads): run
             for run, trials in wanted.items()
@@ -290,6 +301,18 @@ def run_sweep(
         for trial in sweep.trials
         if trial.key in scores[trial.run]
     ]
+
+
+def _end_with_parent() -> None:
+    """A job whose sweep was killed would train on, unseen, beside whatever is started next."""
+    parent = parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            wait([parent.sentinel])
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _scores(folder: Path) -> dict[str, dict[str, Any]]:
