@@ -49,6 +49,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; change
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
 _FILE_WIDTH = 250
+_LEAST_TEMPERATURE = 0.001  # below it logits overflow
 _DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
 
@@ -140,7 +141,7 @@ def sweep(
 
     What is done already in the folder is kept, so a sweep that was stopped goes on when it is started again.
 
-    Example: latentlm sweep recipes/sweeps/ltm-stories.yaml --jobs 2
+    Example: latentlm sweep recipes/sweeps/ltm-inference.yaml --jobs 2
     """
     from latentlm.evaluation.studies import study_markdown, study_plots, study_table
     from latentlm.files import write_whole
@@ -271,8 +272,8 @@ def generate(
     from latentlm.loading import load
     from latentlm.text import write
 
-    if not temperature > 0:
-        raise InputError("--temperature must be above 0; for the likeliest token use --greedy.")
+    if not temperature >= _LEAST_TEMPERATURE:
+        raise InputError(f"--temperature must be at least {_LEAST_TEMPERATURE}; for the likeliest token use --greedy.")
     if 1 < beams < number:
         raise InputError(f"--beams {beams} gives at most {beams} texts for each prompt, not {number}.")
     if seed is not None and not -(2**63) <= seed < 2**63:

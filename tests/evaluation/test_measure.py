@@ -90,3 +90,11 @@ def test_what_a_family_cannot_do_is_one_sentence(data):
     for options, words in (({"protocol": "paper"}, "no published protocol"), ({"prior_samples": 2}, "does not write")):
         with pytest.raises(InputError, match=words):
             measure(three_verbs(), data, iw_samples=1, **options)
+
+
+@pytest.mark.parametrize("family", ["ltm", "autoregressive"])
+def test_a_model_that_diverged_has_no_figures(data, family):
+    model = small_model(family)
+    model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(InputError, match="diverged"):
+        measure(model, data, iw_samples=1)

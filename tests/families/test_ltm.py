@@ -707,3 +707,35 @@ def test_new_weights_are_new_where_a_folder_lacks_them(tmp_path):
     assert torch.equal(posterior.mean, torch.zeros(2, 2, 3, 8)) and torch.equal(posterior.stddev, prior.stddev)
     assert torch.equal(prior.mean, torch.zeros(2, 2, 3, 8)) and torch.equal(prior.stddev, torch.ones(2, 2, 3, 8))
     assert 0.2 < model.encoder.pooling.queries.weight.std() < 0.3
+
+
+def test_a_rate_that_is_changed_holds_whatever_the_schedule_of_training_was():
+    model = small_model("ltm")
+    model.training_progress.fill_(1.0)
+    before = model.infer(texts(2, 6)).mean
+    model.change_inference(inference_lr=0.0)
+    assert torch.equal(model.infer(texts(2, 6)).mean, torch.zeros_like(before)) and before.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "variant, change",
+    [
+        ("amortised", {"inference_steps": 64}),
+        ("cooperative", {"inference_start": "prior"}),
+        ("ltm", {"inference_start_log_variance": -5.0}),
+    ],
+)
+def test_a_setting_that_inference_does_not_read_is_refused(variant, change):
+    model = small_variant(variant)
+    with pytest.raises(InputError, match="changes nothing"):
+        model.change_inference(**change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"inference_lr": 1e30}, {"inference_start": "fixed", "inference_start_log_variance": 1e4}]
+)
+def test_an_inference_that_diverges_is_one_sentence(change):
+    model = small_model("ltm")
+    model.change_inference(**change)
+    with pytest.raises(InputError, match="diverged"):
+        model.infer(texts(2, 6))

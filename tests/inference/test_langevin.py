@@ -7,6 +7,7 @@ import torch
 from tests.toy import linear_gaussian, moved, padded, small_model, texts, three_verbs
 from torch.distributions import Normal
 
+from latentlm import InputError
 from latentlm.distributions import Stream, diagonal_gaussian, sequence_keys, sequence_noise
 from latentlm.inference import langevin
 
@@ -192,3 +193,14 @@ def test_a_batch_of_one_and_a_text_of_one_token():
     model = linear_gaussian()
     for input_ids in (texts(1, 2), texts(1, 1)):
         assert run(model, input_ids).shape == (1, 3)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"step_size": 0.0}, {"step_size": -1.0}, {"temperature": -1.0}])
+def test_impossible_numbers_are_refused(wrong):
+    with pytest.raises(InputError, match="step_size above 0"):
+        langevin(linear_gaussian(), texts(2, 5), **{"steps": 2, "step_size": 0.1, **wrong})
+
+
+def test_chains_that_diverge_are_no_samples():
+    with pytest.raises(InputError, match="chains diverged"):
+        langevin(linear_gaussian(), texts(2, 5), steps=200, step_size=1e6)

@@ -133,3 +133,10 @@ def test_streamed_blocks_are_the_blocks(tmp_path):
     one_by_one = [tuple(item["input_ids"].tolist()) for item in streamed.train]
     assert sorted(one_by_one) == sorted(at_once)
     assert one_by_one != at_once
+
+
+def test_weights_that_diverged_are_not_saved(tmp_path):
+    options = ("training.learning_rate=1e30", "training.max_grad_norm=0", "training.max_steps=4")
+    with pytest.raises(InputError, match="diverged"):
+        run(tmp_path / "run", *options, family="autoregressive")
+    assert not (tmp_path / "run" / "model.safetensors").exists()

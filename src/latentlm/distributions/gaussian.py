@@ -7,10 +7,22 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
+from latentlm.errors import InputError
+
 
 def diagonal_gaussian(mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]) -> Independent:
-    """N(mean, exp(log_variance)) with every dimension after the first in the event; float32 whatever comes in."""
-    return Independent(Normal(mean.float(), (0.5 * log_variance.float()).exp()), mean.dim() - 1)
+    """N(mean, exp(log_variance)) with every dimension after the first in the event; float32 whatever comes in.
+
+    Raises:
+        InputError: a mean that is not finite, or a variance that float32 cannot hold: something has diverged.
+    """
+    try:
+        return Independent(Normal(mean.float(), (0.5 * log_variance.float()).exp()), mean.dim() - 1)
+    except ValueError as error:
+        raise InputError(
+            "the latents' mean or variance is no longer a finite number: the model or its inference has diverged; "
+            "lower the learning rate or the rate of inference."
+        ) from error
 
 
 def standard_normal(batch_size: int, event_shape: tuple[int, ...], device: torch.device | str = "cpu") -> Independent:

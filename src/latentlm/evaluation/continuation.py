@@ -80,5 +80,5 @@ def continuation(
         "continuation_samples": draws,
         "continuation_seconds": time.perf_counter() - start,
         "prompt_tokens": prompt_tokens,
-        "reinfer_every": reinfer_every,
+        "reinfer_every": None if model.exact else reinfer_every,
     }

@@ -1,5 +1,6 @@
 """All that is measured of one model on one data set, as one mapping of figures."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -87,4 +88,8 @@ def measure(
         )
     if wanted.prior_samples:
         beside |= prior_samples(model, number=wanted.prior_samples, seed=seed)
-    return evaluate(model, sequences, iw_samples=wanted.iw_samples, **options) | beside
+    figures = evaluate(model, sequences, iw_samples=wanted.iw_samples, **options) | beside
+    for name, value in figures.items():
+        if name.endswith("nll_per_token") and not math.isfinite(value):
+            raise InputError(f"{name} is {value}: the model or its inference diverged, so no figure of it counts.")
+    return figures

@@ -35,6 +35,8 @@ _OF_LATENTS = {"prior_nll_per_token", "reconstruction_nll_per_token", "kl_per_se
 _OF_LATENTS |= {"mutual_information", "inference_seconds"}
 _LABELS = {key: label for label, key, _ in _COLUMNS}
 FIGURES = frozenset(_LABELS)
+# values of x that all have a tick of their own
+_FEW = 8
 
 
 def study_table(name: str, rows: Sequence[Row]) -> Table:
@@ -107,7 +109,10 @@ def study_plots(studies: Mapping[str, tuple[Sequence[Row], Mapping[str, Any] | N
         panel.set_title(name, fontsize=10)
         panel.set_ylabel("nats per token")
         if plot:
-            _lines(panel, rows, str(plot["x"]), list(plot.get("y") or ["elbo_nll_per_token", "iw_nll_per_token"]))
+            ys = list(plot.get("y") or ["elbo_nll_per_token", "iw_nll_per_token"])
+            if not all(y.endswith("nll_per_token") for y in ys):
+                panel.set_ylabel(", ".join(_LABELS[y] for y in ys))
+            _lines(panel, rows, str(plot["x"]), ys)
         else:
             _bounds(panel, rows)
         panel.legend(frameon=False, fontsize=7)
@@ -124,7 +129,8 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
         series.setdefault(name, []).append(row)
     for index, (name, group) in enumerate(series.items()):
         exact = all(row["exact"] for row in group)
-        for key, style in zip(ys[:1] if exact else ys, ("-", "--", ":", "-."), strict=False):
+        shown = [y for y in ys if not (exact and y in _OF_LATENTS)]
+        for key, style in zip(shown[:1] if exact else shown, ("-", "--", ":", "-."), strict=False):
             points = [
                 (row["settings"].get(x, row.get(x)), row[key], row["spread"].get(key, 0.0))
                 for row in group
@@ -141,9 +147,12 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
                 where, heights, yerr=spread if any(spread) else None, linestyle=style, color=f"C{index}", marker="o",
                 markersize=3, linewidth=1.2, label=label,
             )  # fmt: skip
-    values = [row["settings"].get(x, row.get(x)) for group in series.values() for row in group]
+    values = sorted({row["settings"].get(x, row.get(x)) for group in series.values() for row in group}, key=str)
     if all(isinstance(value, int | float) for value in values) and max(values, default=0) > 8 * max(min(values), 1e-9):
         panel.set_xscale("log" if min(values) > 0 else "symlog", **({} if min(values) > 0 else {"linthresh": 1}))
+        if len(values) <= _FEW:
+            panel.set_xticks(values, [f"{value:g}" for value in values])
+            panel.set_xticks([], minor=True)
     panel.set_xlabel(x.removeprefix("model.").replace("_", " "))
 
 
@@ -152,6 +161,8 @@ def _bounds(panel: Any, rows: Sequence[Row]) -> None:
     marks = (("elbo_nll_per_token", "o"), ("iw_nll_per_token", "v"), ("prior_nll_per_token", "x"))
     for key, mark in marks:
         chosen = [(place, row) for place, row in zip(places, rows, strict=True) if not row["exact"]]
+        if not chosen:
+            continue
         spread = [row["spread"].get(key, 0.0) for _, row in chosen]
         panel.errorbar(
             [place for place, _ in chosen], [row[key] for _, row in chosen], yerr=spread if any(spread) else None,

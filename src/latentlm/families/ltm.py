@@ -54,7 +54,7 @@ class LTMConfig(CausalConfig):
         inference: how q(z | x) is found. "gradient" is the paper's; "amortised" reads it off an encoder; "cooperative"
             takes `inference_steps` gradient steps from the encoder's q, and the encoder learns from its own ELBO and
             from where the steps led; "langevin" trains the weights on samples of `langevin_steps` and infers by
-            gradient for everything else, since such samples have no density.
+            gradient for everything else, since such samples have no density; β and free bits do not enter.
         encoder_layers: of the encoder's Transformer, which reads the decoder's embeddings and does not train them.
         inference_steps: T_fast.
         inference_lr: Adam's rate on (μ, log σ²) at the beginning of training.
@@ -294,6 +294,27 @@ class LTM(CausalLatentLM):
         noise = sequence_noise(keys, self.latent_shape, seed=seed, stream=Stream.INFERENCE)
         log_likelihood = self.log_likelihood(sample_from_noise(posterior, noise), input_ids, attention_mask).sum(-1)
         return elbo(log_likelihood, kl_divergence(posterior, self.prior(len(input_ids), 1)))
+
+    def change_inference(self, **changes: Any) -> None:
+        """As `LatentLM.change_inference`; `inference_lr` alone holds from then on, whatever training's schedule was.
+
+        Raises:
+            InputError: also for a setting that this inference does not read, so that nobody takes it for tried.
+        """
+        if "inference_lr" in changes:
+            changes.setdefault("inference_lr_final", None)
+        inference = changes.get("inference", self.config.inference)
+        start = changes.get("inference_start", self.config.inference_start)
+        unread = set()
+        if inference == "amortised":
+            unread = changes.keys() - {"inference"}
+        elif inference == "cooperative":
+            unread = {"inference_start", "inference_start_log_variance"}
+        elif start != "fixed":
+            unread = {"inference_start_log_variance"}
+        for name in sorted(unread & changes.keys()):
+            raise InputError(f"{name} changes nothing where inference is {inference} and its start {start}.")
+        super().change_inference(**changes)
 
     def hidden_states(
         self,

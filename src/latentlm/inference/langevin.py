@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from latentlm.distributions import Stream, sequence_keys, sequence_noise
+from latentlm.errors import InputError
 from latentlm.inference.gradient import held
 
 if TYPE_CHECKING:
@@ -42,7 +43,12 @@ def langevin(
         step_size: s, in squared units of z; above 2v the chain diverges.
         temperature: τ; 1 samples the posterior, 0 climbs to a mode.
         seed: noise is a function of (seed, sequence, step).
+
+    Raises:
+        InputError: impossible numbers, or chains that left every bound.
     """
+    if steps < 0 or not 0 < step_size < math.inf or not 0 <= temperature < math.inf:
+        raise InputError("langevin needs steps and a temperature from 0 on and a step_size above 0.")
     with torch.inference_mode(False):
         input_ids = input_ids.clone()
         attention_mask = None if attention_mask is None else attention_mask.clone()
@@ -61,4 +67,6 @@ def langevin(
             # step 0 of the stream is the start
             noise = sequence_noise(keys, shape, seed=seed, stream=Stream.LANGEVIN, step=step + 1)
             latents = latents.detach() + step_size * gradient + math.sqrt(2 * step_size * temperature) * noise
+    if not bool(torch.isfinite(latents).all()):
+        raise InputError(f"Langevin's chains diverged: lower the step size of {step_size}.")
     return latents.detach()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -108,6 +109,8 @@ def train(
         for callback in callbacks:
             if isinstance(callback, ProgressLine):
                 callback.progress.stop()
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise InputError("training diverged: the weights are no longer finite numbers; lower training.learning_rate.")
     if trainer.is_world_process_zero():
         save(model, corpus.tokenizer, output)
         write_whole(output / RECIPE_FILE, document)

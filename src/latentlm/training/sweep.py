@@ -24,12 +24,13 @@ import itertools
 import json
 import os
 import re
+import signal
 import statistics
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
+from dataclasses import dataclass, field, fields
+from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from latentlm.data.recipe import evaluation_sequences
@@ -90,8 +92,8 @@ class Study:
             ys = self.plot.get("y", [])
             if not isinstance(self.plot.get("x"), str) or self.plot.keys() - {"x", "y"}:
                 raise ValueError("plot is a mapping with x, a setting or a figure, and y, a list of figures")
-            if not isinstance(ys, list) or ("y" in self.plot and not ys) or set(map(str, ys)) - FIGURES:
-                raise ValueError(f"plot: y must be a list of figures among {', '.join(sorted(FIGURES))}, not {ys}")
+            if not isinstance(ys, list) or ("y" in self.plot and not ys) or set(map(str, ys)) - FIGURES or len(ys) > 4:
+                raise ValueError(f"plot: y must be a list of 1 to 4 figures of {', '.join(sorted(FIGURES))}, not {ys}")
 
 
 @dataclass(frozen=True)
@@ -102,20 +104,33 @@ class Run:
     overrides: tuple[str, ...] = field(compare=False)
     folder: str
     exact: bool = field(default=False, compare=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(cls, recipe: Path, overrides: Sequence[str]) -> "Run":
         """Checks the recipe; the folder's name ends in a digest of all that it says, changes applied."""
         changed, unchanged = load_recipe(recipe, overrides), load_recipe(recipe).document
         document = changed.document
-        digest = hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        # with the defaults that the recipe leaves to its config, since a later version may have others
+        config = changed.model_config(vocab_size=1)
+        of_every_model = {f.name for f in fields(PreTrainedConfig)} | {"vocab_size"}
+        defaults = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in of_every_model}
+        said = {**document, "model": {**defaults, **document["model"]}}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        settings = {f"{section}.{key}": value for section, part in said.items() for key, value in part.items()}
         words = [
             re.sub(r"[^\w.=-]+", "", f"{key}={value}")
             for section, content in document.items()
             for key, value in content.items()
             if value != unchanged.get(section, {}).get(key)
         ]
-        return cls(recipe, tuple(overrides), "_".join([recipe.stem, *words])[:96] + "_" + digest, changed.family.exact)
+        return cls(
+            recipe,
+            tuple(overrides),
+            "_".join([recipe.stem, *words])[:96] + "_" + digest,
+            changed.family.exact,
+            settings,
+        )
 
     def change(self, inference: Mapping[str, Any]) -> None:
         """Raises InputError where this run's model cannot infer so; the model is made without memory."""
@@ -165,6 +180,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         InputError: naming the file and the study.
     """
     path = Path(path)
+    if any(override.startswith("training.seed=") for override in overrides):
+        raise InputError("seeds stand under seeds in the sweep, not in an override of training.seed.")
     try:
         text = path.read_text(encoding="utf-8")
         _check_keys(yaml.compose(text, Loader), str(path))
@@ -173,8 +190,10 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise
     except OSError as error:
         raise InputError(f"sweep {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise InputError(f"{path}: not valid YAML: {one_sentence(error)}.") from error
+    except RecursionError as error:
+        raise InputError(f"{path}: not valid YAML: it holds itself, or is nested without end.") from error
     if not isinstance(document, dict) or not isinstance(document.get("studies"), dict) or not document["studies"]:
         raise InputError(f"{path}: a sweep is a mapping with the key studies, which names at least one.")
     if unknown := sorted(map(str, document.keys() - {"recipe", "seeds", "scoring", "studies"})):
@@ -208,9 +227,9 @@ def _check_keys(node: yaml.Node | None, where: str) -> None:
     seen = set()
     for part in node.value if isinstance(node, yaml.CollectionNode) else ():
         key, value = part if isinstance(node, yaml.MappingNode) else (None, part)
-        if key is not None and key.value in seen:
-            raise InputError(f"{where}, line {key.start_mark.line + 1}: {key.value!r} is given twice.")
         if isinstance(key, yaml.ScalarNode):
+            if key.value in seen:
+                raise InputError(f"{where}, line {key.start_mark.line + 1}: {key.value!r} is given twice.")
             seen.add(key.value)
         _check_keys(value, where)
 
@@ -245,10 +264,9 @@ def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str]) -> 
             if seed == study.seeds[0] and inference:
                 run.change(inference)
             trials.append(Trial(name, label, str(evaluation), seed, run, changes, inference, scoring))
-    if study.plot and study.plot["x"] not in FIGURES | {
-        key for trial in trials for key in {**trial.changes, **trial.inference, **trial.scoring}
-    }:
-        raise InputError(f"plot: x must be a setting that the study changes, or a figure, not {study.plot['x']!r}.")
+    known = {key for trial in trials for key in {**trial.run.settings, **trial.inference, **trial.scoring}}
+    if study.plot and study.plot["x"] not in FIGURES | known:
+        raise InputError(f"plot: x must be a setting or a figure, not {study.plot['x']!r}.")
     return trials
 
 
@@ -277,34 +295,45 @@ def run_sweep(
             wanted.setdefault(trial.run, {})[trial.key] = trial
     done, total = len(sweep.runs) - len(wanted), len(sweep.runs)
     on_progress(done, total)
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
+    others = set(active_children())
+    # not in a with statement, whose end would wait for every run that the pool was given
+    pool = ProcessPoolExecutor(min(jobs, max(len(wanted), 1)), mp_context=get_context("spawn"), initializer=_end_with)
+    try:
         work = {
             pool.submit(_train_and_score, run, output / run.folder, list(trials.values()), threads): run
             for run, trials in wanted.items()
         }
-        try:
-            for future in as_completed(work):
-                try:
-                    future.result()
-                except Exception as error:
-                    on_failure(f"{work[future].folder}: {one_sentence(error)}")
-                scores[work[future]] = _scores(output / work[future].folder)
-                done += 1
-                on_progress(done, total)
-        except BaseException:  # Ctrl-C: leaving the pool would wait for all that it was given
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(work):
+            run = work[future]
+            try:
+                future.result()
+            except Exception as error:
+                first = next(iter(wanted[run].values()))
+                on_failure(f"study {first.study!r}, run {first.name!r}, seed {first.seed}: {one_sentence(error)}")
+            scores[run] = _scores(output / run.folder)
+            done += 1
+            on_progress(done, total)
+    except BaseException:  # Ctrl-C, for one
+        for job in set(active_children()) - others:
+            job.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     return [
         {"study": trial.study, "run": trial.name, "evaluation": trial.evaluation, "seed": trial.seed}
-        | {"settings": {**trial.changes, **trial.inference, **trial.scoring}}
+        | {"settings": {**trial.run.settings, **trial.inference, **trial.scoring}}
         | scores[trial.run][trial.key]
         for trial in sweep.trials
         if trial.key in scores[trial.run]
     ]
 
 
-def _end_with_parent() -> None:
-    """A job whose sweep was killed would train on, unseen, beside whatever is started next."""
+def _end_with() -> None:
+    """A job ends with its sweep: at Ctrl-C without a word, and when the sweep was killed.
+
+    Else it would train on, unseen, beside whatever is started next.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = parent_process()
     if parent is not None:
 
