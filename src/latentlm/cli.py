@@ -49,7 +49,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; change
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
 _FILE_WIDTH = 250
-_LEAST_TEMPERATURE = 0.001  # below it logits overflow
+_LEAST_TEMPERATURE = 1e-12  # far below it logits overflow
 _DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
 

@@ -598,7 +598,7 @@ def test_more_steps_raise_the_bound():
         ({"inference_steps": "many"}, "inference_steps"),
         ({"inference_steps": 3, "inference": "guessing"}, "inference"),
         ({"inference_steps": 3, "inference_lr": float("nan")}, "inference_lr must be a number"),
-        ({"inference_steps": 3, "inference": "amortised"}, "inference=amortised needs weights .*for one, encoder"),
+        ({"inference": "amortised"}, "inference=amortised needs weights .*for one, encoder"),
         ({"inference": "cooperative"}, "inference=cooperative needs weights"),
         ({"inference_steps": 3, "inference_start": "learned"}, "inference_start=learned needs weights .*start_"),
         ({"inference": "langevin", "inference_start": "learned"}, "trains no start"),

@@ -67,6 +67,6 @@ def langevin(
             # step 0 of the stream is the start
             noise = sequence_noise(keys, shape, seed=seed, stream=Stream.LANGEVIN, step=step + 1)
             latents = latents.detach() + step_size * gradient + math.sqrt(2 * step_size * temperature) * noise
-    if not bool(torch.isfinite(latents).all()):
-        raise InputError(f"Langevin's chains diverged: lower the step size of {step_size}.")
+            if not bool(torch.isfinite(latents).all()):
+                raise InputError(f"Langevin's chains diverged: lower the step size of {step_size}.")
     return latents.detach()
