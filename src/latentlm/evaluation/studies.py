@@ -35,8 +35,9 @@ _OF_LATENTS = {"prior_nll_per_token", "reconstruction_nll_per_token", "kl_per_se
 _OF_LATENTS |= {"mutual_information", "inference_seconds"}
 _LABELS = {key: label for label, key, _ in _COLUMNS}
 FIGURES = frozenset(_LABELS)
-# values of x that all have a tick of their own
+# values of x that all have a tick of their own, lines whose legend fits into a panel
 _FEW = 8
+_STYLES = (("-", "o"), ("--", "v"), (":", "x"), ("-.", "s"))
 
 
 def study_table(name: str, rows: Sequence[Row]) -> Table:
@@ -115,7 +116,9 @@ def study_plots(studies: Mapping[str, tuple[Sequence[Row], Mapping[str, Any] | N
             _lines(panel, rows, str(plot["x"]), ys)
         else:
             _bounds(panel, rows)
-        panel.legend(frameon=False, fontsize=7)
+        crowded = len(panel.get_legend_handles_labels()[0]) > _FEW
+        place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if crowded else {}
+        panel.legend(frameon=False, fontsize=7, **place)
     figure.savefig(path, dpi=110)
 
 
@@ -130,7 +133,7 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
     for index, (name, group) in enumerate(series.items()):
         exact = all(row["exact"] for row in group)
         shown = [y for y in ys if not (exact and y in _OF_LATENTS)]
-        for key, style in zip(shown[:1] if exact else shown, ("-", "--", ":", "-."), strict=False):
+        for key, (style, mark) in zip(shown[:1] if exact else shown, _STYLES, strict=False):
             points = [
                 (row["settings"].get(x, row.get(x)), row[key], row["spread"].get(key, 0.0))
                 for row in group
@@ -144,8 +147,8 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
             where, heights, spread = zip(*points, strict=True)
             where = where if numeric else tuple(map(str, where))
             panel.errorbar(
-                where, heights, yerr=spread if any(spread) else None, linestyle=style, color=f"C{index}", marker="o",
-                markersize=3, linewidth=1.2, label=label,
+                where, heights, yerr=spread if any(spread) else None, linestyle=style, color=f"C{index}", marker=mark,
+                markersize=4, linewidth=1.2, label=label,
             )  # fmt: skip
     values = sorted({row["settings"].get(x, row.get(x)) for group in series.values() for row in group}, key=str)
     if all(isinstance(value, int | float) for value in values) and max(values, default=0) > 8 * max(min(values), 1e-9):
