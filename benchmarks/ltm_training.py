@@ -168,7 +168,7 @@ def main() -> None:
     torch.manual_seed(0)
     config = LTMConfig(
         vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, max_position_embeddings=256,
-        sliding_window=64, latents_per_layer=8, inference_steps=16, inference_lr_final=None, inference_epsilon=0.3,
+        sliding_window=64, latents_per_layer=8, inference_steps=16, inference_lr=0.3, inference_lr_decay=1.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = LTM(config).to(DEVICE).train()

@@ -111,7 +111,8 @@ def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
     nll.set(xlabel="step", ylabel="nats per token", title="NLL: validation (dots), training (faint)")
     validation = [_series(history, "eval_elbo_nll_per_token")[1] for history in histories.values()]
     if all(validation):  # the first steps would flatten everything that matters
-        low, high = min(map(min, validation)), max(map(max, validation))
+        bounds = [_series(history, "eval_iw_nll_per_token")[1] for history in histories.values()]
+        low, high = min(map(min, filter(None, validation + bounds))), max(map(max, validation))
         nll.set_ylim(low - 0.2 * (high - low), high + 0.5 * (high - low))
     nll.legend(frameon=False)
     kl.set(xlabel="step", ylabel="KL, nats per sequence", title="What z carries (validation)")
