@@ -163,16 +163,14 @@ def sweep(
             on_failure=failures.append,
         )
     merged = over_seeds(rows)
-    shown = {name: [row for row in merged if row["study"] == name] for name in checked.studies}
+    every = {name: [row for row in merged if row["study"] == name] for name in checked.studies}
+    shown = {name: of_study for name, of_study in every.items() if of_study}
     for name, of_study in shown.items():
-        if of_study:
-            console.print(study_table(name, of_study))
-    plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items() if of_study}
+        console.print(study_table(name, of_study))
     _write_json(json_file, rows)
-    if plots:
-        write_whole(
-            folder / "studies.md", "\n".join(study_markdown(name, of_study) for name, (of_study, _) in plots.items())
-        )
+    if shown:
+        write_whole(folder / "studies.md", "\n".join(study_markdown(*study) for study in shown.items()))
+        plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items()}
         study_plots(plots, folder / "studies.png")
     if failures:
         raise InputError(f"{len(failures)} of {len(checked.runs)} runs failed: {'; '.join(failures)}")
@@ -357,19 +355,14 @@ def _console() -> Console:
 
 
 def _change_inference(model: Any, settings: list[str] | None) -> None:
-    import yaml
-
-    from latentlm.training.recipe import Loader
+    from latentlm.training.recipe import parse_value
 
     changes = {}
     for setting in settings or []:
         name, separator, value = setting.partition("=")
         if not separator or not name:
             raise InputError(f"--set {setting!r} is not of the form FIELD=VALUE, as in inference_steps=64.")
-        try:
-            changes[name] = yaml.load(value, Loader)
-        except (yaml.YAMLError, ValueError) as error:
-            raise InputError(f"--set {setting!r}: the value is not valid YAML.") from error
+        changes[name] = parse_value(value, f"--set {setting!r}")
     if changes:
         model.change_inference(**changes)
 

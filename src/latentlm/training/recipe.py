@@ -158,6 +158,14 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     return _check(document, places, name)
 
 
+def parse_value(text: str, where: str) -> Any:
+    """The value of a `key=value` of the command line, read as a recipe reads it; `where` is what an error calls it."""
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+        raise InputError(f"{where}: the value is not valid YAML.") from error
+
+
 def _places(node: yaml.Node, name: str) -> dict[tuple[str, ...], str]:
     """Where each key stands: ("model",) and ("model", "hidden_size") → "file, line n"."""
     places: dict[tuple[str, ...], str] = {}
@@ -184,10 +192,7 @@ def _apply(document: dict[str, Any], override: str, places: dict[tuple[str, ...]
     section, dot, key = path.partition(".")
     if not separator or not dot or not key:
         raise InputError(f"override {override!r} is not of the form section.key=value, as in training.max_steps=100.")
-    try:
-        value = yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
-        raise InputError(f"override {override!r}: the value is not valid YAML.") from error
+    value = parse_value(text, f"override {override!r}")
     if not isinstance(document.setdefault(section, {}), dict):
         raise InputError(f"{places[(section,)]}: {section} must be a mapping of keys to values.")
     document[section][key] = value

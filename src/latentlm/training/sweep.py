@@ -38,6 +38,7 @@ from typing import Any
 import torch
 import yaml
 from huggingface_hub.dataclasses import strict
+from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
@@ -367,15 +368,16 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
         "training_seconds": next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None),
         "training_tokens": int(max((entry["tokens"] for entry in history if "tokens" in entry), default=0)),
     }
+    data: dict[int | None, Dataset] = {}  # by its limit, since reading takes as long as some scores
     for trial in trials:
-        model, tokenizer = load(folder)
+        model, tokenizer = load(folder)  # again, without the last trial's changes
         model.to("cuda" if torch.cuda.is_available() else "cpu")
         model.change_inference(**trial.inference)
         options = dict(trial.scoring)
-        sequences = evaluation_sequences(
-            folder, tokenizer, model.config.max_position_embeddings, limit=options.pop("limit", None)
-        )
-        figures = trained | measure(model, sequences, seed=trial.seed, **options)
+        limit = options.pop("limit", None)
+        if limit not in data:
+            data[limit] = evaluation_sequences(folder, tokenizer, model.config.max_position_embeddings, limit=limit)
+        figures = trained | measure(model, data[limit], seed=trial.seed, **options)
         write_whole(folder / SCORES_FILE, json.dumps({**_scores(folder), trial.key: figures}, indent=1))
 
 
