@@ -1,8 +1,10 @@
 """Models in folders: saved whole, loaded whole, and refused with the reason where something is wrong."""
 
 import json
+import math
 import os
 import shutil
+import subprocess
 
 import pytest
 import torch
@@ -25,6 +27,13 @@ def folder(tmp_path):
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(["the cat sat on the mat"], 260)
+
+
+@pytest.fixture
+def unchecked_folder(folder):
+    """The same without checksums: from elsewhere, or with those of the damage."""
+    (folder / "SHA256SUMS").unlink()
+    return folder
 
 
 def changed(folder, **values):
@@ -135,28 +144,28 @@ def test_a_value_that_the_config_cannot_have(folder, key, value):
     assert key in complaint(folder)
 
 
-def test_weights_are_missing(folder):
-    (folder / "model.safetensors").unlink()
-    complaint(folder)
+def test_weights_are_missing(unchecked_folder):
+    (unchecked_folder / "model.safetensors").unlink()
+    complaint(unchecked_folder)
 
 
 @pytest.mark.parametrize("kept", [0, 4, 100, -10])
-def test_weights_are_cut_off(folder, kept):
-    weights = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(weights[:kept])
-    complaint(folder)
+def test_weights_are_cut_off(unchecked_folder, kept):
+    weights = (unchecked_folder / "model.safetensors").read_bytes()
+    (unchecked_folder / "model.safetensors").write_bytes(weights[:kept])
+    complaint(unchecked_folder)
 
 
-def test_weights_with_a_damaged_header(folder):
-    weights = bytearray((folder / "model.safetensors").read_bytes())
+def test_weights_with_a_damaged_header(unchecked_folder):
+    weights = bytearray((unchecked_folder / "model.safetensors").read_bytes())
     weights[8:24] = b"\xff" * 16
-    (folder / "model.safetensors").write_bytes(weights)
-    complaint(folder)
+    (unchecked_folder / "model.safetensors").write_bytes(weights)
+    complaint(unchecked_folder)
 
 
 @pytest.mark.parametrize("change", ["one fewer", "one more", "another shape"])
-def test_weights_of_another_model(folder, change):
-    weights = load_file(folder / "model.safetensors")
+def test_weights_of_another_model(unchecked_folder, change):
+    weights = load_file(unchecked_folder / "model.safetensors")
     name = "layers.1.cross_attention.key.weight"
     if change == "one fewer":
         del weights[name]
@@ -165,9 +174,47 @@ def test_weights_of_another_model(folder, change):
         weights[name] = torch.zeros(2)
     else:
         weights[name] = torch.zeros(3, 3)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    message = complaint(folder)
+    save_file(weights, unchecked_folder / "model.safetensors", metadata={"format": "pt"})
+    message = complaint(unchecked_folder)
     assert name in message or change == "another shape"
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        pytest.param(lambda weights: weights[:-10], id="cut off"),
+        pytest.param(lambda weights: weights[:-1] + bytes([weights[-1] ^ 1]), id="one bit"),
+        pytest.param(lambda weights: b"", id="empty"),
+    ],
+)
+def test_weights_that_are_not_as_they_were_saved(folder, tamper):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(tamper(weights.read_bytes()))
+    assert "model.safetensors is not as it was written" in complaint(folder)
+
+
+def test_weights_that_are_gone(folder):
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors is missing" in complaint(folder)
+
+
+def test_checksums_that_cannot_be_read(folder):
+    (folder / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    assert "SHA256SUMS cannot be read" in complaint(folder)
+
+
+def test_checksums_are_those_of_the_usual_tool(folder):
+    subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
+    assert "model.safetensors" in (folder / "SHA256SUMS").read_text()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(unchecked_folder, value):
+    weights = load_file(unchecked_folder / "model.safetensors")
+    name = next(iter(name for name in weights if weights[name].dim() > 1))
+    weights[name][0, 0] = value
+    save_file(weights, unchecked_folder / "model.safetensors", metadata={"format": "pt"})
+    assert "not finite" in complaint(unchecked_folder)
 
 
 def test_a_pickle_is_not_executed(folder, tmp_path):
@@ -212,14 +259,14 @@ def broken():
 
 
 def test_a_failure_leaves_nothing_where_there_was_nothing(tmp_path, broken):
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match=r"no space.* intact"):
         save(small_model("ltm"), broken, tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_failure_leaves_an_older_model_as_it_was(folder, broken):
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match=r"no space.* intact"):
         save(small_model("ltm"), broken, folder)
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
     assert os.listdir(folder.parent) == ["model"]

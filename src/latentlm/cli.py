@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 # the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
 from latentlm.errors import InputError
+from latentlm.processes import is_main, join, launched
 
 app = typer.Typer(
     name="latentlm",
@@ -49,6 +50,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; change
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
 _FILE_WIDTH = 250
+_OF_SEVERAL_PROCESSES = ("train", "evaluate")
 _LEAST_TEMPERATURE = 1e-12  # far below it logits overflow
 _DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
@@ -60,6 +62,10 @@ def _options(
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
 ) -> None:
     context.obj = threads
+    if launched() > 1 and context.invoked_subcommand not in _OF_SEVERAL_PROCESSES:
+        raise InputError(
+            f"{context.invoked_subcommand} is a job of one process: start it without torchrun or accelerate launch."
+        )
     if threads is None and context.invoked_subcommand == "quickstart":
         threads = min(_QUICKSTART_THREADS, os.cpu_count() or 1)
     if threads is not None:
@@ -94,7 +100,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to it.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME-OF-THE-RECIPE.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if there is one.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Train what a recipe says.
@@ -215,6 +221,7 @@ def evaluate(
     from latentlm.training.progress import counted
 
     console = _console()
+    join()
     loaded, tokenizer = _on_device(*load(model))
     _change_inference(loaded, settings)
     sequences = evaluation_sequences(
@@ -349,9 +356,9 @@ def encode(
 
 
 def _console() -> Console:
-    console = Console()
+    console = Console(quiet=not is_main())
     # a file or a pipe has no width, and a table cut to 80 columns is no table
-    return console if console.is_terminal else Console(width=_FILE_WIDTH)
+    return console if console.is_terminal else Console(width=_FILE_WIDTH, quiet=console.quiet)
 
 
 def _change_inference(model: Any, settings: list[str] | None) -> None:
@@ -370,13 +377,14 @@ def _change_inference(model: Any, settings: list[str] | None) -> None:
 def _on_device(model: Any, tokenizer: Any) -> tuple[Any, Any]:
     import torch
 
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    # of several processes on a machine each has its own GPU
+    return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _write_json(path: Path | None, content: Any) -> None:
     from latentlm.files import write_whole
 
-    if path is not None:
+    if path is not None and is_main():
         write_whole(path, json.dumps(content, indent=1))
 
 

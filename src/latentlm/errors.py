@@ -11,6 +11,10 @@ class InputError(ValueError):
     """
 
 
+class DivergedError(InputError):
+    """A number that must be finite is not: a loss, a bound, a posterior. Nothing that was saved is at fault."""
+
+
 def one_sentence(error: Exception) -> str:
     """What an exception of another library says, on one line and without the names of its validators and types."""
     text = " ".join(str(error).split()) or type(error).__name__

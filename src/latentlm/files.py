@@ -1,13 +1,20 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all, and what tells whether they are as they were written."""
 
+import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from safetensors import SafetensorError
+
 from latentlm.errors import InputError
+
+#: digests of a folder's files, as `sha256sum -c SHA256SUMS` reads them
+CHECKSUMS_FILE = "SHA256SUMS"
 
 
 def check_writable(path: str | Path) -> Path:
@@ -45,3 +52,95 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
 def write_whole(path: str | Path, text: str) -> None:
     with whole_file(path) as file:
         file.write(text.encode())
+
+
+@contextmanager
+def saving(what: str | Path) -> Iterator[None]:
+    """Turns the ways in which a disk refuses (full, closed, gone) into one sentence about `what` was to be written.
+
+    Raises:
+        InputError: in place of OSError and of what safetensors and torch.save make of it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_CANNOT_WRITE):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _reason(str(error))
+        raise InputError(
+            f"{what} cannot be written ({reason}): make room or choose another folder; what was saved before is intact."
+        ) from error
+
+
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory", "cannot be opened")
+
+
+def _reason(message: str) -> str:
+    if "No space left" in message:
+        return "No space left on device"
+    return "the file could not be written to its end" if "PytorchStreamWriter" in message else message.splitlines()[0]
+
+
+def publish_folder(staged: Path, target: Path) -> None:
+    """Gives a finished folder its name: everything in it is on the disk first, and whatever had the name goes last."""
+    sync_folder(staged)
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    staged.rename(target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until every file in a folder, and the folder, is on the disk."""
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_checksums(folder: str | Path, pattern: str = "*") -> None:
+    """Writes the SHA-256 of the files in a folder that match a pattern into its SHA256SUMS."""
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.glob(pattern) if path.is_file() and path.name != CHECKSUMS_FILE)
+    write_whole(folder / CHECKSUMS_FILE, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
+
+
+def damage(folder: str | Path, pattern: str = "*") -> str | None:
+    """What is wrong with a folder by its SHA256SUMS, of the files that match a pattern; None if nothing is.
+
+    Files that are not listed there are not looked at.
+    """
+    folder = Path(folder)
+    try:
+        lines = (folder / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except FileNotFoundError:
+        return f"it has no {CHECKSUMS_FILE}"
+    except (OSError, ValueError):
+        return f"its {CHECKSUMS_FILE} cannot be read"
+    for name, digest in listed.items():
+        path = folder / name
+        if not path.match(pattern):
+            continue
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != digest:
+            return f"{name} is not as it was written"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

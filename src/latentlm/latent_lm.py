@@ -22,9 +22,12 @@ from transformers.utils import ModelOutput
 
 from latentlm.distributions import Stream, kl_per_dimension, sample_from_noise, sequence_keys, sequence_noise
 from latentlm.errors import InputError, one_sentence
+from latentlm.files import write_checksums
 from latentlm.objective import elbo, free_bits
 from latentlm.schedules import warm_up
 
+#: the files of a saved model that hold weights
+WEIGHTS = "*.safetensors"
 # what transformers itself hands to a configuration beside the fields
 _TRANSFORMERS_KEYS = {
     "_attn_implementation_internal",
@@ -301,15 +304,17 @@ class LatentLM(PreTrainedModel):
             self._inference_in_training.setdefault(name, getattr(self.config, name))
             setattr(self.config, name, getattr(config, name))
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         changed = {name: getattr(self.config, name) for name in self._inference_in_training}
         try:
             for name, value in self._inference_in_training.items():
                 setattr(self.config, name, value)
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         finally:
             for name, value in changed.items():
                 setattr(self.config, name, value)
+        if is_main_process:
+            write_checksums(save_directory, WEIGHTS)
 
     def draw_latents(
         self, distribution: Distribution, keys: Int64[Tensor, " batch"], samples: int, *, seed: int, stream: Stream

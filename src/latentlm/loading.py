@@ -3,18 +3,20 @@
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import AutoModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from latentlm.data import load_tokenizer
 from latentlm.errors import InputError, one_sentence
 from latentlm.families import FAMILIES
-from latentlm.latent_lm import LatentLM
+from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, saving, sync_folder
+from latentlm.latent_lm import WEIGHTS, LatentLM
 
 
 @contextmanager
@@ -33,8 +35,9 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and the tokenizer that were saved together in a folder (or under a hub name).
 
     Raises:
-        InputError: the folder is missing, is no model of a family of this library, lacks weights, or its tokenizer has
-            more tokens than the model's vocabulary.
+        InputError: the folder is missing, is no model of a family of this library, lacks weights, its weights are not
+            those that were saved (by its SHA256SUMS, where it has them) or not finite, or its tokenizer has more tokens
+            than the model's vocabulary.
     """
     folder = Path(path)
     # a hub name is OWNER/NAME; asking the hub for a misspelt folder would take a minute to fail
@@ -43,7 +46,8 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
         _check_folder(folder)
     try:
         with no_progress_bars():
-            model, info = AutoModel.from_pretrained(path, output_loading_info=True)
+            # weights as torch pickles them are never read
+            model, info = AutoModel.from_pretrained(path, output_loading_info=True, use_safetensors=True)
     except InputError as error:
         raise InputError(f"{path} cannot be loaded as a model: {error}") from error
     except Exception as error:  # every kind of damage raises its own kind of exception
@@ -54,6 +58,9 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
     if wrong:
         raise InputError(f"{path}: its weights do not fit its config.json (for one, {wrong[0]}): save the model again.")
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"{path}: its weights {name} are not finite numbers: take an earlier checkpoint.")
     tokenizer = load_tokenizer(path)
     if len(tokenizer) > model.config.vocab_size:
         raise InputError(
@@ -63,23 +70,39 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
-def save(model: LatentLM, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Writes model and tokenizer to a folder: a new one appears whole, in an old one each file is replaced whole."""
-    folder = Path(path)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with no_progress_bars():
-            model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        if folder.exists():
-            for file in staging.iterdir():
-                os.replace(file, folder / file.name)
-        else:
-            staging.chmod(0o755)
-            staging.rename(folder)
-    finally:
+def save(
+    model: LatentLM,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes model and tokenizer to a folder: a new one appears whole, in an old one each file is replaced whole.
+
+    An old folder whose replacement was cut short is known by its SHA256SUMS, and `load` refuses it.
+
+    Args:
+        state_dict: the weights, where the model's own are only a process' share.
+    """
+    folder = Path(path).resolve()
+    staging = folder.with_name(f".{folder.name}.saving")
+    with saving(path):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            with no_progress_bars():
+                model.save_pretrained(staging, state_dict=state_dict)
+            tokenizer.save_pretrained(staging)
+            if not folder.exists():
+                publish_folder(staging, folder)
+                return
+            sync_folder(staging)
+            for file in sorted(staging.iterdir(), key=lambda file: file.name == CHECKSUMS_FILE):
+                os.replace(file, folder / file.name)
+            sync_folder(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _check_folder(folder: Path) -> None:
@@ -91,5 +114,10 @@ def _check_folder(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} has no readable config.json with a model_type: it is no saved model.") from error
     known = {family.config_class.model_type: name for name, family in FAMILIES.items()}
+    if (folder / CHECKSUMS_FILE).exists() and (fault := damage(folder, WEIGHTS)):
+        raise InputError(
+            f"{folder} is no whole model ({fault}): train on with --resume, take a checkpoint in it, or delete its "
+            f"{CHECKSUMS_FILE} if you changed the weights yourself."
+        )
     if model_type not in known:
         raise InputError(f"{folder} holds a model of type {model_type!r}; latentlm knows {', '.join(known)}.")

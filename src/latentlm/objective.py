@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from latentlm.errors import DivergedError
+
 
 def elbo(
     log_likelihood: Float[Tensor, "*samples batch"],
@@ -22,8 +24,12 @@ def elbo(
         log_likelihood: log p(x | z) summed over the sequence's tokens, for one or more z ~ q(z | x).
         kl: KL(q(z | x) ‖ p(z)), or what `free_bits` charges for it.
         beta: weight of the KL; only beta = 1 is a bound on log p(x) (Higgins et al. 2017, eq. 4).
+
+    Raises:
+        DivergedError: the bound of a sequence is NaN. (−∞ is a bound, of a text that is impossible under q.)
     """
-    return log_likelihood.flatten(0, -2).mean(0) - beta * kl if log_likelihood.dim() > 1 else log_likelihood - beta * kl
+    expected = log_likelihood.flatten(0, -2).mean(0) if log_likelihood.dim() > 1 else log_likelihood
+    return _no_nan(expected - beta * kl, "the ELBO")
 
 
 def importance_weighted_bound(
@@ -35,9 +41,20 @@ def importance_weighted_bound(
 
     With K = 1 its expectation is the ELBO; it never falls in expectation as K grows and tends to log p(x).
     With q = p it is the log of the mean of p(x | z) over prior samples.
+
+    Raises:
+        DivergedError: the bound of a sequence is NaN.
     """
     log_weights = log_likelihood.double() + log_prior.double() - log_posterior.double()
-    return torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights))
+    return _no_nan(torch.logsumexp(log_weights, dim=0) - math.log(len(log_weights)), "the importance-weighted bound")
+
+
+def _no_nan(bound: Tensor, name: str) -> Tensor:
+    # a compiled step is looked at by whoever takes its loss: a question to the data would cut the graph
+    if not torch.compiler.is_compiling() and bool(torch.isnan(bound).any()):
+        rows = torch.isnan(bound).nonzero().flatten().tolist()
+        raise DivergedError(f"{name} is not a number (rows {', '.join(map(str, rows[:8]))} of the batch).")
+    return bound
 
 
 def free_bits(kl_per_dimension: Float[Tensor, "batch *event"], nats_per_dimension: float) -> Float[Tensor, " batch"]:

@@ -1,16 +1,12 @@
 """What must not change a training run: how its batches are cut, and whether it was interrupted."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from tests.training.runs import run
 from transformers import TrainerCallback
 
-from latentlm import InputError, load
+from latentlm import InputError
 from latentlm.training.trainer import LatentTrainer
 
 TEXT = "\n".join(f"{person} {verb} the {thing}" for person in "abcdefgh" for verb in "pqrs" for thing in "uvwxyz")
@@ -41,30 +37,6 @@ def test_accumulation_is_the_large_batch(tmp_path, family):
         assert accumulated.logged(key) == large.logged(key)
 
 
-@pytest.mark.slow
-def test_two_processes_are_one_with_the_large_batch(tmp_path):
-    script = """
-import sys
-from pathlib import Path
-from tests.training.runs import run
-run(Path(sys.argv[1]), *sys.argv[2:])
-"""
-    (tmp_path / "script.py").write_text(script)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*launch, str(tmp_path / "script.py"), str(tmp_path / "two"), *PLAIN]
-    # the repository's root for `tests`, and wherever latentlm is imported from here
-    path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    subprocess.run(
-        [*command, "training.per_device_train_batch_size=4"],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        check=True,
-        timeout=240,
-    )
-    one = run(tmp_path / "one", *PLAIN)
-    two = load(tmp_path / "two")[0].state_dict()
-    assert max(float((two[name] - value).abs().max()) for name, value in one.model.state_dict().items()) < 1e-6
-
-
 class Interrupt(TrainerCallback):
     """Ends a run as somebody at the keyboard would."""
 
@@ -92,7 +64,7 @@ def uninterrupted_and_resumed(folder, *overrides, stop=3):
 
 
 def figures(run_):
-    dropped = {*TIMES, "tokens", "train_loss", "total_flos"}
+    dropped = {*TIMES, "train_loss", "total_flos"}
     return [{key: value for key, value in entry.items() if key not in dropped} for entry in run_.history]
 
 
@@ -165,19 +137,12 @@ def test_each_epoch_of_a_stream_has_all_blocks_in_an_order_of_its_own(tmp_path, 
     assert first != second
 
 
-@pytest.mark.parametrize(
-    "logging",
-    [
-        1,
-        pytest.param(
-            3, marks=pytest.mark.xfail(reason="steps between the last log and the checkpoint are not counted")
-        ),
-    ],
-)
+@pytest.mark.parametrize("logging", [1, 3])
 def test_a_resumed_run_counts_tokens_from_the_start(tmp_path, logging):
     steps = ("training.max_steps=6", f"training.logging_steps={logging}")
     whole, resumed = uninterrupted_and_resumed(tmp_path, *steps)
-    assert whole.logged("tokens")[-1] == resumed.logged("tokens")[-1]
+    assert whole.logged("tokens") == resumed.logged("tokens")
+    assert figures(whole) == figures(resumed)
 
 
 def test_a_new_run_does_not_begin_in_the_folder_of_an_old_one(tmp_path):
@@ -190,7 +155,6 @@ def test_a_new_run_does_not_begin_in_the_folder_of_an_old_one(tmp_path):
 
 
 @pytest.mark.parametrize("damaged", ["trainer_state.json", "model.safetensors", "optimizer.pt"])
-@pytest.mark.xfail(reason="the Trainer writes into the folder it will look for, and has no notion of a whole one")
 def test_half_a_checkpoint_is_passed_over(tmp_path, damaged):
     saving = ("training.save_strategy=steps", "training.save_steps=1")
     whole = run(tmp_path / "run", *saving)

@@ -67,10 +67,17 @@ def test_data_that_is_loaded_already_is_used(tmp_path):
     assert stages == []
 
 
-def test_there_is_nothing_to_resume_in_a_new_folder(tmp_path):
-    with pytest.raises(InputError, match="no checkpoint"):
+def test_a_run_without_a_checkpoint_yet_is_resumed_at_its_beginning(tmp_path):
+    said = []
+    resumed = run(tmp_path / "run", resume=True, on_stage=said.append)
+    assert "no checkpoint yet: starting at the first step" in said[0]
+    assert resumed.logged("loss") == run(tmp_path / "other").logged("loss")
+
+
+def test_a_model_without_checkpoints_is_not_trained_over(tmp_path):
+    run(tmp_path / "run")
+    with pytest.raises(InputError, match="without checkpoints"):
         run(tmp_path / "run", resume=True)
-    assert not (tmp_path / "run").exists()
 
 
 def test_an_interrupted_replacement_leaves_the_old_model_with_its_own_recipe(tmp_path):

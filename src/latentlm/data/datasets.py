@@ -25,15 +25,16 @@ _MEGA_CHUNK_BATCHES = 50  # lengths are sorted within this many batches: similar
 
 
 class Item(TypedDict):
-    """One sequence: BOS and its scored tokens, and the bytes of text that the scored tokens stand for."""
+    """One sequence: BOS and its scored tokens, the bytes of text that they stand for, and its place in the data set."""
 
     input_ids: Int64[Tensor, " time"]
     num_bytes: int
+    index: int
 
 
-def _item(bos: int, ids: Sequence[int] | Tensor, num_bytes: int) -> Item:
+def _item(bos: int, ids: Sequence[int] | Tensor, num_bytes: int, index: int) -> Item:
     scored = torch.as_tensor(ids, dtype=torch.long)
-    return {"input_ids": torch.cat([scored.new_tensor([bos]), scored]), "num_bytes": num_bytes}
+    return {"input_ids": torch.cat([scored.new_tensor([bos]), scored]), "num_bytes": num_bytes, "index": index}
 
 
 def _bos_and_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
@@ -71,7 +72,7 @@ class Blocks(Dataset[Item]):
         drop_last: leave out the shorter block at the end (training), or keep it as the last item, so that every
             token is scored exactly once (evaluation).
 
-    Items: `input_ids` [block_length + 1], `num_bytes`. Eight bytes of memory per token.
+    Items: `input_ids` [block_length + 1], `num_bytes`, `index`. Eight bytes of memory per token.
     """
 
     def __init__(
@@ -103,9 +104,9 @@ class Blocks(Dataset[Item]):
         return -(-len(self._ids) // self.block_length)
 
     def __getitem__(self, index: int) -> Item:
-        start = range(len(self))[index] * self.block_length  # range: negative indices, and IndexError at the end
-        span = slice(start, start + self.block_length)
-        return _item(self._bos, self._ids[span], int(self._counts[span].sum()))
+        index = range(len(self))[index]  # negative indices, and IndexError at the end
+        span = slice(index * self.block_length, (index + 1) * self.block_length)
+        return _item(self._bos, self._ids[span], int(self._counts[span].sum()), index)
 
 
 def _too_short(num_tokens: int, block_length: int) -> InputError:
@@ -173,7 +174,7 @@ class StreamedBlocks(IterableDataset[Item]):
         held = None
         for index, (ids, num_bytes) in enumerate(self._all_blocks()):
             if index % ranks == rank and index // ranks % workers == worker:
-                held = _item(bos, ids, num_bytes)
+                held = _item(bos, ids, num_bytes, index)
             round_is_complete = index % ranks == ranks - 1
             if held and (round_is_complete or not self.drop_last):
                 yield held
@@ -224,7 +225,7 @@ class Sentences(Dataset[Item]):
         factors: the generative factors of each item (None for one without), or None if no document has any.
         truncated: how many items lost tokens to `max_length`.
 
-    Items: `input_ids` [lengths[i] + 1], `num_bytes`.
+    Items: `input_ids` [lengths[i] + 1], `num_bytes`, `index`.
     """
 
     def __init__(
@@ -274,8 +275,9 @@ class Sentences(Dataset[Item]):
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Item:
+        index = range(len(self))[index]
         start = self._starts[index]
-        return _item(self._bos, self._ids[start : start + self.lengths[index]], self._num_bytes[index])
+        return _item(self._bos, self._ids[start : start + self.lengths[index]], self._num_bytes[index], index)
 
 
 # --- batches -----------------------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def collate(features: Sequence[Mapping], pad_token_id: int) -> dict[str, Tensor]
 
     Returns:
         `input_ids` [B, L], `attention_mask` [B, L] (1 real, 0 padding), `labels` [B, L] (the ids, -100 at BOS and
-        padding: whoever counts scored tokens counts the rest), `num_bytes` [B].
+        padding: whoever counts scored tokens counts the rest), `num_bytes` [B], `index` [B].
     """
     rows = [feature["input_ids"] for feature in features]
     lengths = torch.tensor([len(row) for row in rows])
@@ -295,8 +297,10 @@ def collate(features: Sequence[Mapping], pad_token_id: int) -> dict[str, Tensor]
     real = torch.arange(input_ids.shape[1]) < lengths[:, None]
     labels = input_ids.masked_fill(~real, IGNORE_INDEX)
     labels[:, 0] = IGNORE_INDEX
-    num_bytes = torch.tensor([feature["num_bytes"] for feature in features], dtype=torch.long)
-    return {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels, "num_bytes": num_bytes}
+    numbers = {
+        name: torch.tensor([feature[name] for feature in features], dtype=torch.long) for name in ("num_bytes", "index")
+    }
+    return {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels, **numbers}
 
 
 class Collator:
@@ -319,7 +323,7 @@ def text_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], end: bo
         raise InputError("there are no texts: give a list with at least one string")
     bos, eos = _bos_and_eos(tokenizer)
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    items = [_item(bos, [*ids, eos] if end else ids, 0) for ids in encoded]
+    items = [_item(bos, [*ids, eos] if end else ids, 0, index) for index, ids in enumerate(encoded)]
     pad = tokenizer.pad_token_id
     batch = collate(items, pad if isinstance(pad, int) else eos)
     return BatchEncoding({name: batch[name] for name in ("input_ids", "attention_mask")})

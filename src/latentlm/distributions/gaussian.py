@@ -3,23 +3,23 @@
 from functools import singledispatch
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
-from latentlm.errors import InputError
+from latentlm.errors import DivergedError
 
 
 def diagonal_gaussian(mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]) -> Independent:
     """N(mean, exp(log_variance)) with every dimension after the first in the event; float32 whatever comes in.
 
     Raises:
-        InputError: a mean that is not finite, or a variance that float32 cannot hold: something has diverged.
+        DivergedError: a mean that is not finite, or a variance that float32 cannot hold: something has diverged.
     """
     try:
         return Independent(Normal(mean.float(), (0.5 * log_variance.float()).exp()), mean.dim() - 1)
     except ValueError as error:
-        raise InputError(
+        raise DivergedError(
             "the latents' mean or variance is no longer a finite number: the model or its inference has diverged; "
             "lower the learning rate or the rate of inference."
         ) from error
@@ -49,6 +49,20 @@ def _(distribution: Independent, noise: Tensor) -> Tensor:
             f"no transform from noise to independent {type(distribution.base_dist).__name__}s is registered"
         )
     return distribution.base_dist.loc + distribution.base_dist.scale * noise
+
+
+@singledispatch
+def select_rows(distribution: Distribution, rows: Bool[Tensor, " batch"]) -> Distribution:
+    """The distribution of some rows of a batch; register another kind with `select_rows.register`."""
+    raise TypeError(f"no way to select rows of {type(distribution).__name__} is registered with select_rows")
+
+
+@select_rows.register
+def _(distribution: Independent, rows: Tensor) -> Independent:
+    if not isinstance(distribution.base_dist, Normal):
+        raise TypeError(f"no way to select rows of independent {type(distribution.base_dist).__name__}s is registered")
+    base = distribution.base_dist
+    return Independent(Normal(base.loc[rows], base.scale[rows]), distribution.reinterpreted_batch_ndims)
 
 
 def kl_per_dimension(posterior: Distribution, prior: Distribution) -> Float[Tensor, "batch *event"]:

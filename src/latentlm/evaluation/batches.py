@@ -1,16 +1,19 @@
-"""What every measurement over a data set does: batches of similar lengths, with dropout off meanwhile."""
+"""What every measurement over a data set does: batches of similar lengths, shared out among the processes, with dropout
+off meanwhile, and figures of single sequences that come together in the data's order.
+"""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentlm.data import Collator, length_buckets
 from latentlm.errors import InputError
 from latentlm.latent_lm import LatentLM
+from latentlm.processes import gather_rows, rank_and_size
 
 Batch = tuple[list[int], Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]
 
@@ -35,8 +38,10 @@ def in_batches(
 ) -> Iterator[Batch]:
     """Indices, `input_ids` and `attention_mask` of each batch, on the model's device; every sequence is in one.
 
+    Of several processes each gets every R-th batch: no sequence twice, and the same batches as one process would have.
+
     Args:
-        on_progress: called with (sequences done, sequences in all) after each batch.
+        on_progress: called with (sequences done by all processes, sequences in all) after each batch.
     """
     if batch_size < 1:
         raise InputError("batch_size must be at least 1.")
@@ -45,13 +50,40 @@ def in_batches(
         raise InputError("there is no sequence to evaluate: the data is empty.")
     lengths = [len(sequences[index]["input_ids"]) for index in range(number)]
     collate = Collator(model.config.pad_token_id or 0)
+    rank, ranks = rank_and_size()
     done = 0
-    for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
+    for place, indices in enumerate(length_buckets(lengths, batch_size, seed=0, shuffle=False)):
+        done += len(indices)
+        if place % ranks != rank:
+            continue
         batch = collate([sequences[index] for index in indices])
         yield indices, batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
-        done += len(indices)
         if on_progress is not None:
             on_progress(done, number)
+
+
+class PerSequence:
+    """Figures of single sequences, batch by batch.
+
+    They come together from all processes in the order of the data, so a sum over them has one value, to the last bit,
+    whatever the number of processes.
+    """
+
+    def __init__(self, *names: str):
+        self.names = names
+        self.indices: list[int] = []
+        self.rows: list[Float64[Tensor, "batch figures"]] = []
+
+    def add(self, indices: Sequence[int], **figures: Float[Tensor, " batch"] | Int64[Tensor, " batch"]) -> None:
+        self.indices += indices
+        self.rows.append(torch.stack([figures[name].double() for name in self.names], dim=1))
+
+    def gathered(self, device: torch.device) -> dict[str, Float64[Tensor, " sequences"]]:
+        """Each figure of all sequences; the same in every process."""
+        empty = torch.zeros(0, len(self.names), dtype=torch.double, device=device)
+        rows = gather_rows(torch.cat([empty, *self.rows]))
+        order = gather_rows(torch.tensor(self.indices, dtype=torch.long, device=device)).argsort()
+        return dict(zip(self.names, rows[order].unbind(1), strict=True))
 
 
 def synchronised(device: torch.device) -> None:

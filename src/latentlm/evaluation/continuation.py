@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, Subset
 
 from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
-from latentlm.evaluation.batches import evaluating, in_batches, synchronised
+from latentlm.evaluation.batches import PerSequence, evaluating, in_batches, synchronised
 from latentlm.latent_lm import LatentLM
 
 
@@ -52,12 +52,13 @@ def continuation(
     if not long:
         raise InputError(f"no sequence is longer than the prompt of {prompt_tokens} tokens.")
     draws = 1 if model.exact else samples
-    nats, tokens = 0.0, 0
+    figures = PerSequence("nll", "tokens")
     start = time.perf_counter()
     with evaluating(model):
-        for _, input_ids, attention_mask in in_batches(model, Subset(sequences, long), batch_size, on_progress):
+        for indices, input_ids, attention_mask in in_batches(model, Subset(sequences, long), batch_size, on_progress):
             longest = input_ids.shape[1] - 1
             every = reinfer_every or longest
+            nll = torch.zeros(len(indices), dtype=torch.double, device=model.device)
             for begin in range(prompt_tokens, longest, every):
                 end = min(begin + every, longest)
                 seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
@@ -70,12 +71,14 @@ def continuation(
                     model.log_likelihood(z, input_ids[:, : end + 1], attention_mask[:, : end + 1])[:, begin:].sum(-1)
                     for z in model.draw_latents(law, keys, draws, seed=seed, stream=Stream.CONTINUATION)
                 ]
-                total = torch.stack(log_likelihood).double().logsumexp(0) - math.log(draws)
-                nats -= float(total.sum())
-            tokens += int(model.scored_tokens(input_ids, attention_mask)[:, prompt_tokens:].sum())
+                nll -= torch.stack(log_likelihood).double().logsumexp(0) - math.log(draws)
+            scored = model.scored_tokens(input_ids, attention_mask)[:, prompt_tokens:]
+            figures.add(indices, nll=nll, tokens=scored.sum(1))
+        totals = {name: float(values.sum()) for name, values in figures.gathered(model.device).items()}
     synchronised(model.device)
+    tokens = int(totals["tokens"])
     return {
-        "continuation_nll_per_token": nats / tokens,
+        "continuation_nll_per_token": totals["nll"] / tokens,
         "continuation_tokens": tokens,
         "continuation_samples": draws,
         "continuation_seconds": time.perf_counter() - start,

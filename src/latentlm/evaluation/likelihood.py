@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from torch.utils.data import Dataset
 
-from latentlm.distributions import Stream, sequence_keys
+from latentlm.distributions import Stream, select_rows, sequence_keys
 from latentlm.errors import InputError
-from latentlm.evaluation.batches import evaluating, in_batches, synchronised
+from latentlm.evaluation.batches import PerSequence, evaluating, in_batches, synchronised
 from latentlm.latent_lm import LatentLM, number_of_parameters
 from latentlm.objective import elbo, importance_weighted_bound
+from latentlm.processes import gather_rows
 
 MUTUAL_INFORMATION_SEQUENCES = 256
 
@@ -49,6 +50,8 @@ def evaluate(
         seed: all noise is a function of (seed, sequence, sample).
         on_progress: called with (sequences done, sequences in all) after each batch.
 
+    Of several processes each scores its share, and all return the figures of the whole.
+
     Returns:
         The fixed keys of an evaluation; nats unless the name says bits. `latent_units` counts latent numbers,
         `active_units` those with Var_x E_q[z] > 0.01 × prior variance (Burda et al. 2016, section 5.1). Where latents
@@ -61,17 +64,24 @@ def evaluate(
     hashes = sorted((zlib.crc32(sequences[index]["input_ids"].numpy().tobytes()), index) for index in range(number))
     # by their hash, so that the data's order does not choose them
     compared = {index for _, index in hashes[:MUTUAL_INFORMATION_SEQUENCES]}
-    totals = dict.fromkeys(("elbo", "iw", "reconstruction", "kl", "prior"), 0.0)
-    tokens = 0
     statistics = LatentStatistics()
+    figures = PerSequence("tokens", "elbo", "iw", "reconstruction", "kl", "prior")
     start = time.perf_counter()
     with evaluating(model):
         for indices, input_ids, attention_mask in in_batches(model, sequences, batch_size, on_progress):
-            figures = score(model, input_ids, attention_mask, samples=samples, seed=seed, statistics=statistics)
-            statistics.choose([index in compared for index in indices])
-            for name in totals:
-                totals[name] += float(figures[name].double().sum())
-            tokens += int(model.scored_tokens(input_ids, attention_mask).sum())
+            scores = score(
+                model,
+                input_ids,
+                attention_mask,
+                samples=samples,
+                seed=seed,
+                statistics=statistics,
+                compared=torch.tensor([index in compared for index in indices], device=input_ids.device),
+            )
+            figures.add(indices, tokens=model.scored_tokens(input_ids, attention_mask).sum(1), **scores)
+        totals = {name: float(values.sum()) for name, values in figures.gathered(model.device).items()}
+        summary = statistics.summary(model.device)
+    tokens = int(totals.pop("tokens"))
     seconds = time.perf_counter() - start
     num_bytes = sum(int(sequences[index]["num_bytes"]) for index in range(number))
     per_token = {name: total / tokens for name, total in totals.items()}
@@ -92,7 +102,7 @@ def evaluate(
         "iw_perplexity": _perplexity(per_token["iw"]),
         "elbo_bits_per_byte": totals["elbo"] / math.log(2) / num_bytes,
         "iw_bits_per_byte": totals["iw"] / math.log(2) / num_bytes,
-        **statistics.summary(),
+        **summary,
         "protocol": "honest",
         "seconds": seconds,
         "inference_seconds": statistics.inference_seconds,
@@ -115,8 +125,13 @@ def score(
     samples: int = 16,
     seed: int = 0,
     statistics: "LatentStatistics | None" = None,
+    compared: Bool[Tensor, " batch"] | None = None,
 ) -> dict[str, Float[Tensor, " batch"]]:
-    """NLLs and KL of each sequence in nats: keys elbo, iw, reconstruction, kl, prior, as this module explains them."""
+    """NLLs and KL of each sequence in nats: keys elbo, iw, reconstruction, kl, prior, as this module explains them.
+
+    Args:
+        statistics: told of the batch, and which rows of it are `compared` with one another (all, by default).
+    """
     lengths = model.scored_tokens(input_ids, attention_mask).sum(1)
     prior = model.prior(len(input_ids), lengths)
     begun = time.perf_counter()
@@ -139,7 +154,7 @@ def score(
     kl = kl_divergence(posterior, prior)
     zeros = torch.zeros_like(prior_likelihoods)
     if statistics is not None:
-        statistics.add(posterior, prior, latents[0])
+        statistics.add(posterior, prior, latents[0], compared)
         statistics.inference_seconds += inference_seconds
     return {
         "elbo": -elbo(likelihoods, kl),
@@ -151,16 +166,23 @@ def score(
 
 
 class LatentStatistics:
-    """Active units, mutual information and what inference cost, gathered batch by batch."""
+    """Active units, mutual information and what inference cost, gathered batch by batch and over all processes."""
 
     def __init__(self) -> None:
         self.count = 0
         self.inference_seconds = 0.0
         self.comparable = True
         self.sum = self.sum_of_squares = self.prior_variance = torch.zeros(0)
-        self.kept: list[tuple[Distribution, Tensor, Tensor]] = []
+        self.compared: list[tuple[Distribution, Tensor]] = []
 
-    def add(self, posterior: Distribution, prior: Distribution, latents: Float[Tensor, "batch *event"]) -> None:
+    def add(
+        self,
+        posterior: Distribution,
+        prior: Distribution,
+        latents: Float[Tensor, "batch *event"],
+        compared: Bool[Tensor, " batch"] | None = None,
+    ) -> None:
+        """Takes in a batch: q, p and one z ~ q of each row; the rows `compared` enter the mutual information."""
         mean = posterior.mean.double()
         if not self.count:
             self.sum = self.sum_of_squares = torch.zeros_like(mean[0])
@@ -171,51 +193,59 @@ class LatentStatistics:
         self.count += len(mean)
         self.sum = self.sum + mean.sum(0)
         self.sum_of_squares = self.sum_of_squares + mean.square().sum(0)
-        self.kept.append((posterior, latents, torch.ones(len(mean), dtype=torch.bool)))
+        rows = torch.ones(len(mean), dtype=torch.bool, device=mean.device) if compared is None else compared
+        if bool(rows.any()):
+            self.compared.append((select_rows(posterior, rows), latents[rows]))
 
-    def choose(self, rows: Sequence[bool]) -> None:
-        """Of the batch added last, only these rows enter the mutual information, which costs their number squared."""
-        if self.comparable and self.kept:
-            posterior, latents, _ = self.kept.pop()
-            if any(rows):
-                self.kept.append((posterior, latents, torch.tensor(rows)))
-
-    def summary(self) -> dict[str, Any]:
-        if not self.count or not self.comparable:
+    def summary(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The figures over the batches of all processes; None each where latents differ in shape."""
+        # a process without a batch knows no shape, and one with several knows that there is none
+        of_process = -1 if not self.comparable else self.sum.numel() if self.count else None
+        known = torch.tensor([] if of_process is None else [of_process], dtype=torch.long, device=device)
+        units = gather_rows(known).unique().tolist()
+        if len(units) != 1 or units[0] < 0:
             names = ("active_units", "latent_units", "mutual_information", "mutual_information_sequences")
             return dict.fromkeys(names)
-        variance = self.sum_of_squares / self.count - (self.sum / self.count).square()
+        rows = torch.zeros(0, 4, units[0], dtype=torch.double, device=device)
+        if self.count:
+            count = torch.full_like(self.sum, self.count)
+            rows = torch.stack([count, self.sum, self.sum_of_squares, self.prior_variance]).flatten(1)[None]
+        gathered = gather_rows(rows)
+        count, mean, square = gathered[:, 0].sum(0), gathered[:, 1].sum(0), gathered[:, 2].sum(0)
+        variance = square / count - (mean / count).square()
+        posteriors, latents = zip(*self.compared, strict=True) if self.compared else ((), ())
+        information, number = mutual_information(posteriors, latents, units[0], device)
         return {
-            "active_units": int((variance > 0.01 * self.prior_variance).sum()),
-            "latent_units": variance.numel(),
-            "mutual_information": mutual_information(*zip(*self.kept, strict=True)),
-            "mutual_information_sequences": int(sum(rows.sum() for _, _, rows in self.kept)),
+            "active_units": int((variance > 0.01 * gathered[0, 3]).sum()),
+            "latent_units": units[0],
+            "mutual_information": information,
+            "mutual_information_sequences": number,
         }
 
 
 def mutual_information(
     posteriors: Sequence[Distribution],
     latents: Sequence[Float[Tensor, "_ *event"]],
-    rows: Sequence[Bool[Tensor, " _"]] | None = None,
-) -> float:
-    """I(x; z) in nats between N texts, each equally likely, and a latent drawn from its posterior.
+    units: int,
+    device: torch.device | str = "cpu",
+) -> tuple[float, int]:
+    """I(x; z) in nats between N texts, each equally likely, and a latent drawn from its posterior; and N.
 
     I = (1/N) Σ_i [log q(z_i | x_i) − log (1/N) Σ_j q(z_i | x_j)], z_i ~ q(z | x_i) (Hoffman and Johnson 2016; the
     estimate of Dieng et al. 2019, over N texts rather than per batch). It cannot exceed ln N.
 
     Args:
-        posteriors, latents: batches of q(z | x) and of one z from each.
-        rows: which rows of each batch are among the N texts; by default all.
+        posteriors, latents: batches of q(z | x) and of one z from each row; of several processes, each gives its own.
+        units: numbers in a latent.
     """
-    if rows is None:
-        rows = [torch.ones(len(z), dtype=torch.bool) for z in latents]
-    number = int(sum(chosen.sum() for chosen in rows))
-    total = 0.0
-    for posterior, z, chosen in zip(posteriors, latents, rows, strict=True):
-        total += float(posterior.log_prob(z)[chosen].double().sum())
-        for one in z[chosen]:
-            densities = torch.cat(
-                [other.log_prob(one)[among] for other, among in zip(posteriors, rows, strict=True)]
-            ).double()
-            total -= float(densities.logsumexp(0)) - math.log(number)
-    return total / number
+    own = torch.cat([torch.zeros(0, units, device=device), *(z.flatten(1) for z in latents)])
+    every = gather_rows(own)
+    # log q(z_i | x_j): a row for each of this process' texts x_j, a column for each z_i of all processes
+    densities = torch.zeros(0, len(every), dtype=torch.double, device=device)
+    for posterior, z in zip(posteriors, latents, strict=True):
+        columns = [posterior.log_prob(one.view(z.shape[1:])).double() for one in every]
+        densities = torch.cat([densities, torch.stack(columns, dim=1)])
+    densities = gather_rows(densities)
+    number = len(every)
+    information = densities.diagonal() - densities.logsumexp(0) + math.log(number)
+    return float(information.mean()), number

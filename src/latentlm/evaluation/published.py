@@ -1,13 +1,12 @@
 """Scores as published code gives them (`--protocol paper`): no bounds, here to stand beside the honest figures."""
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch.utils.data import Dataset
 
 from latentlm.errors import InputError
-from latentlm.evaluation.batches import evaluating, in_batches
+from latentlm.evaluation.batches import PerSequence, evaluating, in_batches
 from latentlm.families import LTM
 from latentlm.latent_lm import LatentLM
 
@@ -32,19 +31,17 @@ def published_figures(
     """
     if not (isinstance(model, LTM) or model.exact):
         raise InputError(f"no published protocol is known for {type(model).__name__}: score it by the honest one.")
-    nats, tokens, perplexities = 0.0, 0, []
+    figures = PerSequence("nll", "tokens")
     with evaluating(model):
-        for _, input_ids, attention_mask in in_batches(model, sequences, batch_size, on_progress):
+        for indices, input_ids, attention_mask in in_batches(model, sequences, batch_size, on_progress):
             if isinstance(model, LTM):
                 nll = -model.published_elbo(input_ids, attention_mask, seed=seed).double()
             else:
                 nothing = model.prior(len(input_ids), 1).sample()
                 nll = -model.log_likelihood(nothing, input_ids, attention_mask).double().sum(-1)
-            lengths = model.scored_tokens(input_ids, attention_mask).sum(1)
-            nats += float(nll.sum())
-            tokens += int(lengths.sum())
-            perplexities += (nll / lengths.clamp_min(1)).exp().tolist()
+            figures.add(indices, nll=nll, tokens=model.scored_tokens(input_ids, attention_mask).sum(1))
+        nll, tokens = figures.gathered(model.device).values()
     return {
-        "published_nll_per_token": nats / tokens,
-        "published_perplexity": math.fsum(perplexities) / len(perplexities),
+        "published_nll_per_token": float(nll.sum() / tokens.sum()),
+        "published_perplexity": float((nll / tokens.clamp_min(1)).exp().mean()),
     }

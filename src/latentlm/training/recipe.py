@@ -26,7 +26,10 @@ from latentlm.families import FAMILIES
 from latentlm.latent_lm import LatentLM, LatentLMConfig
 
 # what latentlm sets itself, from the command line or because its datasets and loss need it
-_OURS = {"output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names", "disable_tqdm"}
+_OURS = {
+    "output_dir", "resume_from_checkpoint", "remove_unused_columns", "label_names", "disable_tqdm",
+    "logging_nan_inf_filter",
+}  # fmt: skip
 # what no family here follows yet
 _WITHOUT_EFFECT = {"gradient_checkpointing", "label_smoothing_factor"}
 # counts by which transformers would divide, or with which a run fails in its middle
@@ -51,6 +54,7 @@ _TRAINING_DEFAULTS: dict[str, Any] = {
     "report_to": "tensorboard",
     "seed": 0,
     "dataloader_pin_memory": False,
+    "ddp_find_unused_parameters": False,  # every parameter of a family here has a gradient at every step
 }
 
 
@@ -105,6 +109,7 @@ class Recipe:
             output_dir=str(output_dir),
             remove_unused_columns=False,
             disable_tqdm=True,
+            logging_nan_inf_filter=False,  # it hides what the trainer stops at
             label_names=["labels"],
         )
 

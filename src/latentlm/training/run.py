@@ -2,21 +2,22 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from latentlm.data import Collator
 from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus
 from latentlm.errors import InputError
-from latentlm.files import write_whole
+from latentlm.files import saving, write_whole
 from latentlm.latent_lm import LatentLM
-from latentlm.loading import no_progress_bars, save
+from latentlm.loading import load, no_progress_bars, save
+from latentlm.processes import is_main, main_decides
+from latentlm.training import checkpoints
 from latentlm.training.progress import ProgressLine
 from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
@@ -47,6 +48,44 @@ def _check_same_run(recipe: Recipe, output: Path) -> None:
             raise InputError(f"{output} was begun with another recipe ({names}): resume with the one it began with.")
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where a run begins: its checkpoint (None: the first step), what to say of it, whether only its end is missing."""
+
+    checkpoint: Path | None = None
+    remark: str = ""
+    finished: bool = False
+
+
+def _start(recipe: Recipe, output: Path, resume: bool, replace: bool) -> _Start:
+    if not resume:
+        holds_run = any(output.glob("checkpoint-*")) or (output / "config.json").exists()
+        if holds_run and not replace:
+            raise InputError(f"{output} holds a run already: name another --output, or go on with it by --resume.")
+        return _Start()
+    checkpoint, damaged = checkpoints.newest(output)
+    if checkpoint is None:
+        if (output / "config.json").exists() and not replace:
+            raise InputError(f"{output} holds a model without checkpoints: there is nothing to resume from.")
+        return _Start(remark=f"{output} has no checkpoint yet: starting at the first step")
+    _check_same_run(recipe, output)
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    done, wanted = state["global_step"], recipe.training.get("max_steps", -1)
+    if 0 < wanted <= done:
+        if _last_step(output / HISTORY_FILE) == done or done > wanted:
+            raise InputError(f"{output} has trained {done} steps already: raise training.max_steps to go on.")
+        return _Start(checkpoint, f"{checkpoint} has all {done} steps: writing what is left", finished=True)
+    return _Start(checkpoint, f"{damaged}: resuming from {checkpoint}" if damaged else f"resuming from {checkpoint}")
+
+
+def _last_step(history: Path) -> int | None:
+    """The last step that a run's history knows: it is the last file that a run writes."""
+    try:
+        return max(entry["step"] for entry in json.loads(history.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def train(
     recipe: Recipe,
     output: Path,
@@ -59,38 +98,54 @@ def train(
 ) -> tuple[LatentLM, Corpus, list[dict[str, Any]]]:
     """Trains a recipe; `output` then holds model, tokenizer, recipe, history, and the last checkpoints.
 
+    Of several processes the first one writes.
+
     Args:
-        resume: go on from the newest checkpoint in `output`.
+        resume: go on from the newest whole checkpoint in `output`, or begin where there is none yet; so one command,
+            given again and again, brings a run that is interrupted again and again to its end.
         replace: write over a model that `output` holds; without it that is refused.
         corpus: the recipe's data, where it is loaded already.
         on_stage: told in words what is being done before the first step.
 
     Returns:
         The model, its corpus, and the log (one mapping for each logged step).
+
+    Raises:
+        InputError: `output` holds another run, or no whole checkpoint among those it has; a disk that refuses.
+        DivergedError: see `LatentTrainer`.
     """
     seed = recipe.training.get("seed", 0)
-    checkpoint = get_last_checkpoint(str(output)) if resume and output.is_dir() else None
-    if checkpoint is not None:
-        _check_same_run(recipe, output)
-        done = json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
-        if 0 < recipe.training.get("max_steps", -1) <= done:
-            raise InputError(f"{output} has trained {done} steps already: raise training.max_steps to go on.")
-    if resume and checkpoint is None:
-        raise InputError(f"{output} has no checkpoint to resume from: leave --resume out to start.")
-    holds_run = any(output.glob("checkpoint-*")) or (output / "config.json").exists()
-    if holds_run and not (resume or replace):
-        raise InputError(f"{output} holds a run already: name another --output, or go on with it by --resume.")
+    arguments = recipe.training_arguments(output)
+    arguments.device  # noqa: B018  joins the processes of a launcher
+    start = main_decides(lambda: _start(recipe, output, resume, replace))
+    if start.remark:
+        on_stage(start.remark)
     if corpus is None:
         on_stage("reading and tokenising the data")
         corpus = load_corpus(recipe.data, seed)
-    model = build_model(recipe, corpus.tokenizer)
-    output.mkdir(parents=True, exist_ok=True)
     document = yaml.safe_dump(dict(recipe.document), sort_keys=False)
-    if not replace:  # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
-        write_whole(output / RECIPE_FILE, document)
-    arguments = recipe.training_arguments(output)
+    if start.finished:
+        assert start.checkpoint is not None
+        state = json.loads((start.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        best = recipe.training.get("load_best_model_at_end") and state["best_model_checkpoint"]
+        model, _ = load(best or start.checkpoint)
+        if is_main():
+            _write_end(model, corpus, output, document, state["log_history"])
+        return model, corpus, state["log_history"]
+    model = build_model(recipe, corpus.tokenizer)
+    if is_main():
+        with saving(output):
+            output.mkdir(parents=True, exist_ok=True)
+        if resume or not replace:  # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
+            write_whole(output / RECIPE_FILE, document)
     if recipe.data.unit == "sentences" and "train_sampling_strategy" not in recipe.training:
         arguments.train_sampling_strategy = "group_by_length"
+    if arguments.world_size > 1:
+        # accelerate would fill the last batches of an epoch up with sequences that other processes have had
+        arguments.dataloader_drop_last = True
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        if not recipe.data.streaming and len(corpus.train) < batch:  # type: ignore[arg-type]
+            raise InputError(f"the data has {len(corpus.train)} sequences, less than one batch of {batch}.")  # type: ignore[arg-type]
     trainer = LatentTrainer(
         model=model,
         args=arguments,
@@ -104,15 +159,27 @@ def train(
     trainer.remove_callback(PrinterCallback)
     try:
         with no_progress_bars():
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=None if start.checkpoint is None else str(start.checkpoint))
     finally:
         for callback in callbacks:
             if isinstance(callback, ProgressLine):
                 callback.progress.stop()
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
-        raise InputError("training diverged: the weights are no longer finite numbers; lower training.learning_rate.")
-    if trainer.is_world_process_zero():
-        save(model, corpus.tokenizer, output)
-        write_whole(output / RECIPE_FILE, document)
-        write_whole(output / HISTORY_FILE, json.dumps(trainer.state.log_history, indent=1))
+    trainer.check_weights()
+    # of weights that are sharded every process has to give its part
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if is_main():
+        _write_end(model, corpus, output, document, trainer.state.log_history, weights)
     return model, corpus, trainer.state.log_history
+
+
+def _write_end(
+    model: LatentLM,
+    corpus: Corpus,
+    output: Path,
+    recipe: str,
+    history: list[dict[str, Any]],
+    weights: dict[str, Any] | None = None,
+) -> None:
+    save(model, corpus.tokenizer, output, state_dict=weights)
+    write_whole(output / RECIPE_FILE, recipe)
+    write_whole(output / HISTORY_FILE, json.dumps(history, indent=1))

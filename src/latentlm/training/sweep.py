@@ -362,7 +362,7 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
     torch.set_num_threads(threads)
     transformers_logging.set_verbosity_error()
     if not (folder / training_run.HISTORY_FILE).exists():
-        training_run.train(load_recipe(run.recipe, run.overrides), folder, replace=True)
+        training_run.train(load_recipe(run.recipe, run.overrides), folder, resume=True, replace=True)
     history = json.loads((folder / training_run.HISTORY_FILE).read_text(encoding="utf-8"))
     trained = {
         "training_seconds": next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None),

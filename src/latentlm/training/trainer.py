@@ -1,18 +1,31 @@
-"""Training on `transformers.Trainer`: loop, checkpoints, mixed precision, processes and trackers are the Trainer's."""
+"""Training on `transformers.Trainer`: loop, mixed precision, processes and trackers are the Trainer's.
+
+What is ours: a loss and noise that do not depend on how a batch is cut, checkpoints that are whole or not there, and an
+end at the first number that is not finite.
+"""
 
 import itertools
+import math
+import pickle
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from latentlm.data import Item, StreamedBlocks
+from latentlm.errors import DivergedError, InputError, one_sentence
 from latentlm.evaluation.likelihood import evaluate
+from latentlm.files import saving
 from latentlm.latent_lm import LatentLM, LatentLMOutput
+from latentlm.processes import gather_rows, is_main
+from latentlm.training import checkpoints
 from latentlm.training.recipe import EvaluationRecipe
 
 # what in-training evaluation reports; the whole set of figures is `latentlm evaluate`
@@ -30,10 +43,16 @@ class LatentTrainer(Trainer):
     """Trainer whose loss is Σ (nll + β · kl) / Σ scored tokens of the global batch and whose noise is per sequence.
 
     The noise of a step is a function of (seed, step, sequence), so accumulation, the order within a batch and the
-    number of processes leave the loss as it is. Each log has, over the steps since the last one: `elbo_nll_per_token`,
-    `nll_per_token`, `kl_per_token`, `kl_per_sequence`, `active_units` (of the posterior means seen), `beta`, `tokens`
-    (scored, since the start) and `tokens_per_second`. Weights trained on Langevin samples have no KL and no ELBO here,
-    and `nll_per_token` is that of the sampled z.
+    number of processes leave the loss as it is. Each log has, over the steps since the last one and all processes:
+    `elbo_nll_per_token`, `nll_per_token`, `kl_per_token`, `kl_per_sequence`, `active_units` (of the posterior means
+    seen), `beta`, `tokens` (scored, since the start) and `tokens_per_second`. Weights trained on Langevin samples have
+    no KL and no ELBO here, and `nll_per_token` is that of the sampled z. There is a log at every checkpoint, so that a
+    resumed run's figures are those of one that was not interrupted.
+
+    Raises:
+        DivergedError: at the first loss, gradient or weight that is not finite, before the weights take it in; names
+            the step, the sequences, and the last good checkpoint.
+        InputError: a checkpoint cannot be written or read.
     """
 
     model: LatentLM
@@ -42,7 +61,19 @@ class LatentTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.evaluation = evaluation or EvaluationRecipe()
         self.statistics = _Statistics()
-        self.add_callback(_Progress(self.model))
+        self.add_callback(_EachStep())
+        self._staging: Path | None = None
+        self._indices: list[torch.Tensor] = []  # of the sequences of this step
+
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        lengths = getattr(self.train_dataset, "lengths", None)
+        if self.args.train_sampling_strategy != "group_by_length" or lengths is None:
+            return super()._get_train_sampler(train_dataset)
+        # by the global batch, so that the order does not depend on the number of processes
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return LengthGroupedSampler(batch_size, lengths=[length + 1 for length in lengths])
 
     def get_train_dataloader(self) -> DataLoader:
         if not isinstance(self.train_dataset, StreamedBlocks):
@@ -54,6 +85,46 @@ class LatentTrainer(Trainer):
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
         )
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._indices.append(inputs["index"])
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except DivergedError as error:
+            raise self._diverged(str(error).rstrip(".")) from error
+        if not bool(torch.isfinite(loss)):
+            raise self._diverged(f"the loss is {float(loss)}")
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        norm = super()._get_grad_norm(*args, **kwargs)
+        # with float16 a gradient too large is nothing unusual: that step is left out and the scale lowered
+        if getattr(self.accelerator, "scaler", None) is None and not math.isfinite(float(norm)):
+            raise self._diverged(f"the norm of the gradient is {float(norm)}")
+        self._indices.clear()
+        return norm
+
+    def _diverged(self, what: str) -> DivergedError:
+        step = self.state.global_step + bool(self._indices)
+        indices = [index for batch in self._indices for index in batch.tolist()]
+        if indices:
+            shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+            what += f" (sequences {shown} of the training data)"
+        output = Path(self.args.output_dir)
+        last = get_last_checkpoint(output) if output.is_dir() else None
+        kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
+        again = "go on with --resume" if last else "start again"
+        return DivergedError(
+            f"training diverged at step {step}: {what}; {kept}; lower training.learning_rate and {again}."
+        )
+
+    def check_weights(self) -> None:
+        """Raises DivergedError unless every weight is finite."""
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise self._diverged(f"the weights {name} are no longer finite numbers")
 
     def compute_loss(
         self,
@@ -68,6 +139,8 @@ class LatentTrainer(Trainer):
         tokens = self.model.scored_tokens(given["input_ids"], given["attention_mask"]).sum()
         self.statistics.add(outputs, tokens, self.model.beta)
         return (loss, outputs) if return_outputs else loss
+
+    # ---- figures ---------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -93,10 +166,61 @@ class LatentTrainer(Trainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
         # a pickle of the arguments that nothing here reads; the recipe says the same in words
-        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.check_weights()
+        output, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        with saving(output / name):
+            self._staging = output / checkpoints.STAGING_FOLDER
+            try:
+                if is_main():
+                    checkpoints.begin(output)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                if self.state.best_global_step == self.state.global_step:
+                    self.state.best_model_checkpoint = str(output / name)
+                self.accelerator.wait_for_everyone()
+                if is_main():
+                    self.state.save_to_json(str(self._staging / name / "trainer_state.json"))
+                    checkpoints.publish(self._staging / name, output)
+                    best = self.state.best_model_checkpoint
+                    rotate_checkpoints(str(output), self.args.save_total_limit, best, use_mtime=False)
+            finally:
+                self._staging = None
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        with _reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _reading(checkpoint: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
+        reason = one_sentence(error)[:200]
+        raise InputError(
+            f"{checkpoint} cannot be resumed from ({reason}): remove it, and an earlier one is."
+        ) from error
 
 
 class _Endless(IterableDataset):
@@ -113,14 +237,24 @@ class _Endless(IterableDataset):
             yield from self.blocks.blocks_of(epoch)
 
 
-class _Progress(TrainerCallback):
-    """Keeps the model's `training_progress`, which β and the inference rate follow."""
+class _EachStep(TrainerCallback):
+    """Keeps the model's `training_progress`, which β and the inference rate follow, and logs wherever a run may resume.
 
-    def __init__(self, model: LatentLM):
-        self.model = model
+    A checkpoint holds no sums over steps that are not logged yet.
+    """
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.model.training_progress.fill_(state.global_step / state.max_steps)
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
+    ) -> None:
+        model.training_progress.fill_(state.global_step / state.max_steps)
+        self._log(control)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._log(control)
+
+    def _log(self, control: TrainerControl) -> None:
+        # an evaluation may make a checkpoint of the best
+        control.should_log = control.should_log or control.should_save or control.should_evaluate
 
 
 class _Statistics:
@@ -134,7 +268,7 @@ class _Statistics:
     def reset(self) -> None:
         self.nll = self.kl = self.beta = 0.0
         self.tokens = self.sequences = 0
-        self.mean_sums: list[torch.Tensor] | None = None
+        self.mean_sums: torch.Tensor | None = None
         self.comparable = self.has_posterior = True
 
     def add(self, outputs: LatentLMOutput, tokens: torch.Tensor, beta: float) -> None:
@@ -147,32 +281,42 @@ class _Statistics:
             return
         self.kl += float(outputs["kl"].detach().sum())
         mean = outputs["posterior_mean"].detach().double()
-        sums = [mean.sum(0), mean.square().sum(0)]
-        if self.mean_sums is not None and self.mean_sums[0].shape != sums[0].shape:
+        sums = torch.stack([mean.sum(0), mean.square().sum(0)])
+        if self.mean_sums is not None and self.mean_sums.shape != sums.shape:
             self.comparable = False  # trajectories of different lengths have no units in common
         elif self.comparable:
-            earlier = self.mean_sums or [torch.zeros_like(part) for part in sums]
-            self.mean_sums = [one + other for one, other in zip(earlier, sums, strict=True)]
+            self.mean_sums = sums if self.mean_sums is None else self.mean_sums + sums
 
     def summary(self, state: TrainerState, model: LatentLM, start_time: float | None) -> dict[str, float]:
-        self.seen_in_session += self.tokens
+        own = torch.tensor([[self.nll, self.kl, self.tokens, self.sequences]], dtype=torch.double, device=model.device)
+        nll, kl, tokens, sequences = gather_rows(own).sum(0).tolist()
+        mean_sums = self._all_mean_sums(model.device)
+        self.seen_in_session += int(tokens)
         if self.seen_before is None:  # a resumed run's log says how far it had come
             self.seen_before = max((entry["tokens"] for entry in state.log_history if "tokens" in entry), default=0)
         figures = {
-            "nll_per_token": self.nll / max(self.tokens, 1),
+            "nll_per_token": nll / max(tokens, 1),
             "beta": self.beta,
             "tokens": self.seen_before + self.seen_in_session,
         }
         if self.has_posterior:
             figures |= {
-                "elbo_nll_per_token": (self.nll + self.kl) / max(self.tokens, 1),
-                "kl_per_token": self.kl / max(self.tokens, 1),
-                "kl_per_sequence": self.kl / max(self.sequences, 1),
+                "elbo_nll_per_token": (nll + kl) / max(tokens, 1),
+                "kl_per_token": kl / max(tokens, 1),
+                "kl_per_sequence": kl / max(sequences, 1),
             }
         if start_time is not None:
             figures["tokens_per_second"] = self.seen_in_session / (time.time() - start_time)
-        if self.comparable and self.mean_sums is not None:
-            mean, square = (part / self.sequences for part in self.mean_sums)
+        if mean_sums is not None:
+            mean, square = mean_sums / sequences
             figures["active_units"] = float((square - mean.square() > 0.01 * model.prior(1, 1).variance[0]).sum())
         self.reset()
         return figures
+
+    def _all_mean_sums(self, device: torch.device) -> torch.Tensor | None:
+        numbers = self.mean_sums.numel() if self.comparable and self.mean_sums is not None else -1
+        everywhere = gather_rows(torch.tensor([numbers], device=device)).unique().tolist()
+        if len(everywhere) > 1 or everywhere[0] < 0:
+            return None
+        assert self.mean_sums is not None
+        return gather_rows(self.mean_sums[None]).sum(0)
