@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from latentlm.errors import DivergedError
 from latentlm.objective import elbo, free_bits, importance_weighted_bound
 
 S = 0.7
@@ -164,3 +165,40 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(lambda a, b: elbo(a, b, 0.3), (random(4, 3), random(3)))
     assert torch.autograd.gradcheck(importance_weighted_bound, (random(4, 3), random(4, 3), random(4, 3)))
     assert torch.autograd.gradcheck(lambda a: free_bits(a, 0.5), (random(3, 4, 2),))
+
+
+# ---- never a NaN -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "likelihood, kl", [(math.nan, 1.0), (-1.0, math.nan), (-math.inf, -math.inf), (math.inf, math.inf)]
+)
+def test_an_elbo_that_is_no_number_is_an_error(likelihood, kl):
+    with pytest.raises(DivergedError, match=r"the ELBO is not a number \(rows 1 of"):
+        elbo(torch.tensor([-1.0, likelihood]), torch.tensor([1.0, kl]))
+
+
+@pytest.mark.parametrize(
+    "likelihood, prior, posterior",
+    [(math.nan, 0, 0), (0, math.nan, 0), (0, 0, math.nan), (-math.inf, 0, -math.inf), (0, math.inf, math.inf)],
+)
+def test_an_importance_weighted_bound_that_is_no_number_is_an_error(likelihood, prior, posterior):
+    parts = [torch.tensor([[-1.0, 0.0], [-1.0, value]]) for value in (likelihood, prior, posterior)]
+    with pytest.raises(DivergedError, match=r"importance-weighted bound is not a number \(rows 1 of"):
+        importance_weighted_bound(*parts)
+
+
+def test_an_impossible_text_has_a_bound():
+    impossible = torch.tensor([-math.inf])
+    assert elbo(impossible, torch.zeros(1)) == -math.inf
+    zeros = torch.zeros(2, 1)
+    assert importance_weighted_bound(zeros - math.inf, zeros, zeros) == -math.inf
+    # one sample under which it is possible is enough
+    one = torch.tensor([[-math.inf], [-3.0]])
+    assert float(importance_weighted_bound(one, zeros, zeros)) == pytest.approx(-3 - math.log(2))
+
+
+@pytest.mark.slow
+def test_the_check_does_not_cut_a_compiled_graph():
+    compiled = torch.compile(elbo, fullgraph=True, backend="eager")
+    assert torch.isnan(compiled(torch.tensor([math.nan]), torch.ones(1))).all()

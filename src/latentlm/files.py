@@ -124,8 +124,10 @@ def damage(folder: str | Path, pattern: str = "*") -> str | None:
     """
     folder = Path(folder)
     try:
-        lines = (folder / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
+        *lines, end = (folder / CHECKSUMS_FILE).read_text(encoding="utf-8").split("\n")
         listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+        if end:
+            return f"its {CHECKSUMS_FILE} is cut off"
     except FileNotFoundError:
         return f"it has no {CHECKSUMS_FILE}"
     except (OSError, ValueError):
