@@ -145,9 +145,19 @@ def test_a_run_that_lacks_only_its_end_gets_it(whole, tmp_path, lost):
     assert loss == [entry["loss"] for entry in json.loads((whole / "history.json").read_text()) if "loss" in entry]
 
 
-def test_a_finished_run_says_so(whole):
-    with pytest.raises(InputError, match="has trained 3 steps already"):
-        run(whole, *SAVING, resume=True)
+def test_a_finished_run_says_so_and_is_left_alone(whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    said = []
+    again = run(whole, *SAVING, resume=True, on_stage=said.append)
+    assert "has all its 3 steps: raise training.max_steps" in said[0]
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert torch.equal(again.model.embed_tokens.weight, load(whole)[0].embed_tokens.weight)
+    assert again.history == json.loads((whole / "history.json").read_text())
+
+
+def test_fewer_steps_than_there_are_is_a_mistake(whole):
+    with pytest.raises(InputError, match="has trained 3 steps already: give it training.max_steps of at least that"):
+        run(whole, *SAVING, "training.max_steps=2", resume=True)
 
 
 # ---- nothing is executed -----------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from transformers.trainer_callback import PrinterCallback
 from latentlm.data import Collator
 from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus
 from latentlm.errors import InputError
-from latentlm.files import saving, write_whole
-from latentlm.latent_lm import LatentLM
+from latentlm.files import damage, saving, write_whole
+from latentlm.latent_lm import WEIGHTS, LatentLM
 from latentlm.loading import load, no_progress_bars, save
 from latentlm.processes import is_main, main_decides
 from latentlm.training import checkpoints
@@ -50,7 +50,10 @@ def _check_same_run(recipe: Recipe, output: Path) -> None:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where a run begins: its checkpoint (None: the first step), what to say of it, whether only its end is missing."""
+    """Where a run begins: its checkpoint (None: the first step), what to say of it, and whether every step is done.
+
+    Of a run that has all its steps the end may be missing: `checkpoint` is then what it is made of, and None otherwise.
+    """
 
     checkpoint: Path | None = None
     remark: str = ""
@@ -72,8 +75,10 @@ def _start(recipe: Recipe, output: Path, resume: bool, replace: bool) -> _Start:
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     done, wanted = state["global_step"], recipe.training.get("max_steps", -1)
     if 0 < wanted <= done:
-        if _last_step(output / HISTORY_FILE) == done or done > wanted:
-            raise InputError(f"{output} has trained {done} steps already: raise training.max_steps to go on.")
+        if done > wanted:
+            raise InputError(f"{output} has trained {done} steps already: give it training.max_steps of at least that.")
+        if _last_step(output / HISTORY_FILE) == done and damage(output, WEIGHTS) is None:
+            return _Start(None, f"{output} has all its {done} steps: raise training.max_steps to go on", finished=True)
         return _Start(checkpoint, f"{checkpoint} has all {done} steps: writing what is left", finished=True)
     return _Start(checkpoint, f"{damaged}: resuming from {checkpoint}" if damaged else f"resuming from {checkpoint}")
 
@@ -101,8 +106,9 @@ def train(
     Of several processes the first one writes.
 
     Args:
-        resume: go on from the newest whole checkpoint in `output`, or begin where there is none yet; so one command,
-            given again and again, brings a run that is interrupted again and again to its end.
+        resume: go on from the newest whole checkpoint in `output`, begin where there is none yet, and do nothing where
+            the run is finished; so one command, given again and again, brings a run that is killed again and again to
+            its end.
         replace: write over a model that `output` holds; without it that is refused.
         corpus: the recipe's data, where it is loaded already.
         on_stage: told in words what is being done before the first step.
@@ -125,7 +131,8 @@ def train(
         corpus = load_corpus(recipe.data, seed)
     document = yaml.safe_dump(dict(recipe.document), sort_keys=False)
     if start.finished:
-        assert start.checkpoint is not None
+        if start.checkpoint is None:
+            return load(output)[0], corpus, json.loads((output / HISTORY_FILE).read_text(encoding="utf-8"))
         state = json.loads((start.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         best = recipe.training.get("load_best_model_at_end") and state["best_model_checkpoint"]
         model, _ = load(best or start.checkpoint)
