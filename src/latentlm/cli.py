@@ -100,7 +100,7 @@ def train(
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to it.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the run; by default runs/NAME-OF-THE-RECIPE.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if any.")] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Train what a recipe says.

@@ -81,6 +81,12 @@ def wait_until(condition, pid: int) -> int | None:
     return None
 
 
+def wait_until_gone_and_back(folder: Path, pid: int) -> int | None:
+    """As `wait_until`, for a folder that is made anew."""
+    status = wait_until(lambda: not folder.exists(), pid)
+    return wait_until(folder.exists, pid) if status is None else status
+
+
 def outcome(folder: Path) -> tuple[str, list]:
     """Digest of the final weights, and every figure that was logged but times."""
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
@@ -116,8 +122,7 @@ def main(home: Path, kills: int, seed: int) -> None:
                 status = wait_until(lambda until=until: time.perf_counter() > until, pid)
             elif aim == "a save":
                 for _ in range(rng.randint(1, 4)):
-                    status = wait_until(lambda: not staging.exists(), pid)
-                    status = wait_until(staging.exists, pid) if status is None else status
+                    status = wait_until_gone_and_back(staging, pid)
                     if status is not None:
                         break
                 time.sleep(rng.uniform(0, 0.08))

@@ -163,6 +163,24 @@ def test_the_command_in_two_processes(tmp_path, launcher):
 
 
 @pytest.mark.slow
+def test_one_process_that_diverges_ends_both(tmp_path):
+    poison = """
+import math
+from transformers import TrainerCallback
+class Poison(TrainerCallback):
+    def on_step_begin(self, args, state, control, *, model, **_):
+        if state.global_step == 1 and rank_and_size()[0] == 1:
+            model.embed_tokens.weight.data[0, 0] = math.nan
+"""
+    script = SCRIPT.replace("output = ", poison + "\noutput = ").replace(
+        "*sys.argv[2:])", "*sys.argv[2:], callbacks=[Poison()])"
+    )
+    (tmp_path / "script.py").write_text(script)
+    with pytest.raises(AssertionError, match="training diverged at step 2"):
+        launched(tmp_path, "script.py", str(tmp_path / "two"), *PLAIN, "training.per_device_train_batch_size=4")
+
+
+@pytest.mark.slow
 def test_a_job_of_one_process_says_so(tmp_path):
     with pytest.raises(AssertionError, match="generate is a job of one process"):
         launched(tmp_path, "-m", "latentlm", "generate", "model")

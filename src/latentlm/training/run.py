@@ -143,7 +143,8 @@ def train(
     if is_main():
         with saving(output):
             output.mkdir(parents=True, exist_ok=True)
-        if resume or not replace:  # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
+        # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
+        if resume or not replace:
             write_whole(output / RECIPE_FILE, document)
     if recipe.data.unit == "sentences" and "train_sampling_strategy" not in recipe.training:
         arguments.train_sampling_strategy = "group_by_length"
