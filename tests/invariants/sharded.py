@@ -28,7 +28,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "root alone": {"blocks": False},
     "as accelerate 1.15 does": {"ends": True},
 }
-ACCUMULATED = "accumulated"
 
 
 def shard(model: LatentLM, *, blocks: bool = True, ends: bool = False, **options: Any) -> LatentLM:
@@ -43,7 +42,7 @@ def shard(model: LatentLM, *, blocks: bool = True, ends: bool = False, **options
 def two_steps(
     variant: str, layout: str | None = None, accumulated: bool = False, rank: int = 0, processes: int = 1
 ) -> dict[str, Any]:
-    """Losses, norms, gradients and weights of two steps on a global batch, each `processes`th row of it from `rank` on."""
+    """Losses, norms, gradients and weights of two steps on every `processes`th row, from `rank` on."""
     # Both Adams divide by the size of a gradient: with a tiny ε an entry whose gradient is rounding alone would move by
     # a whole step, one way or the other.
     changes = {} if variant in ("autoregressive", "memory") else {"inference_epsilon": 0.3}

@@ -20,9 +20,8 @@ SCORED = [("diagonal prior", "blocks, the root's weights freed, too"), ("coopera
 
 def runner(calls, folder):
     """Looks a call's results up, in the order of processes."""
-    results = dict(
-        zip(((work.__name__, *given) for work, given in calls), in_two_processes(calls, folder), strict=True)
-    )
+    names = [(work.__name__, *given) for work, given in calls]
+    results = dict(zip(names, in_two_processes(calls, folder), strict=True))
 
     def of(work, *given):
         for result in results[(work.__name__, *given)]:
@@ -92,7 +91,7 @@ def test_a_sharded_model_is_scored_outside_of_forward_and_trains_afterwards(quic
     one = scores(variant)
     for process in quick(scores, variant, layout):
         for name, value in one["figures"].items():
-            if not name.endswith(("seconds", "per_second")):
+            if not isinstance(value, str) and not name.endswith(("seconds", "per_second")):
                 assert process["figures"][name] == pytest.approx(value, rel=1e-5), name
         assert process["norm"] == pytest.approx(one["norm"], rel=1e-5)
 

@@ -19,8 +19,8 @@ def gathered(model: nn.Module, *, keep: bool = False) -> Iterator[None]:
     `fully_shard` gathers and frees weights by hooks that expect one forward of the root and one backward after it. A
     gradient taken within that forward (gradient inference) ends it for them: they free the root's weights in the middle
     of it, and gather every block twice for every step. A method other than forward (`infer`, `log_likelihood`) runs no
-    hook of the root at all, so its weights are not there. Here the hooks are out of the way and the weights are gathered
-    once, however many steps are taken; what the hooks know of the forward around is what they knew before.
+    hook of the root at all, so its weights are not there. Here the hooks are out of the way and the weights are
+    gathered once, however many steps are taken; what the hooks know of the forward around is what they knew before.
 
     All processes must enter together, since gathering is a collective. Hooks of others on a sharded module still run.
 
