@@ -43,8 +43,6 @@ def two_steps(
     variant: str, layout: str | None = None, accumulated: bool = False, rank: int = 0, processes: int = 1
 ) -> dict[str, Any]:
     """Losses, norms, gradients and weights of two steps on every `processes`th row, from `rank` on."""
-    # Both Adams divide by the size of a gradient: with a tiny ε an entry whose gradient is rounding alone would move by
-    # a whole step, one way or the other.
     changes = {} if variant in ("autoregressive", "memory") else {"inference_epsilon": 0.3}
     model = small_variant(variant, **changes).train()
     if layout is not None:

@@ -1,9 +1,10 @@
 """A model sharded over two processes by torch's `fully_shard` (FSDP2) is the model in one.
 
-Everything is compared to fp32 rounding. A sum over rows is added in another order by two processes, which moves a
-gradient's last digit or two (2⁻²³ ≈ 1.2e-7 of its size each); both Adams have an ε far above that, so that they do not
-turn it into a step of their own. The tolerance is 16 last digits of what is compared: 2e-6 of a number, and of the
-largest gradient where a gradient's entries cancel. A wrong gradient is at least a thousand times as far off.
+Everything is compared to fp32 rounding. Two processes add the sum over rows in another order than one does, which moves
+last digits (2⁻²³ ≈ 1.2e-7), and blocks, fast steps and both Adams pass these on: most gradients agree to 1e-6, the
+longest chain (a Transformer prior) to 4e-6 of the largest gradient, whatever is sharded how. Hence 1e-5, of a number or
+of the largest gradient; weights that are gathered wrongly are off by 4e-3 and more. The Adams' ε are far above rounding:
+otherwise an entry whose gradient is rounding alone would move by a whole step.
 """
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tests.invariants.sharded import LAYOUTS, half_precision, in_two_processes, scores, two_steps
 from tests.toy import VARIANTS, small_variant, texts
 
-ROUNDING = 2e-6
+ROUNDING = 1e-5
 QUICK = [(variant, "blocks") for variant in ("autoregressive", "amortised", "cooperative", "langevin", "learned start")]
 QUICK += [("ltm", layout) for layout in LAYOUTS] + [("cooperative", "as accelerate 1.15 does")]
 SLOW = [(variant, layout) for variant in VARIANTS for layout in LAYOUTS if (variant, layout) not in QUICK]
