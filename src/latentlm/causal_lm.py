@@ -142,7 +142,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
     ) -> Float[Tensor, "*samples batch scored"]:
-        if type(self.lm_head) is not nn.Linear:  # an adapter does more than its weight says
+        if type(self.lm_head).forward is not nn.Linear.forward:  # an adapter does more than its weight says
             return super().log_likelihood(latents, input_ids, attention_mask, condition)
         states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
         log_likelihood = token_log_likelihood(states.flatten(0, 1), self.lm_head.weight, targets.flatten())

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from latentlm.data import Collator, length_buckets
 from latentlm.errors import InputError
+from latentlm.inference import gathered
 from latentlm.latent_lm import LatentLM
 from latentlm.processes import gather_rows, rank_and_size
 
@@ -20,11 +21,12 @@ Batch = tuple[list[int], Int64[Tensor, "batch time"], Int64[Tensor, "batch time"
 
 @contextmanager
 def evaluating(model: LatentLM) -> Iterator[None]:
-    """The model in evaluation mode; each module is as it was afterwards."""
+    """The model in evaluation mode, all of its weights on each process; each module is as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with gathered(model):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -2,5 +2,6 @@
 
 from latentlm.inference.gradient import held, infer_by_gradient
 from latentlm.inference.langevin import langevin
+from latentlm.inference.sharded import gathered
 
-__all__ = ["held", "infer_by_gradient", "langevin"]
+__all__ = ["gathered", "held", "infer_by_gradient", "langevin"]

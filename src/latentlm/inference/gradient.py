@@ -23,6 +23,7 @@ from latentlm.distributions import (
     sequence_keys,
     sequence_noise,
 )
+from latentlm.inference.sharded import gathered
 from latentlm.objective import elbo, free_bits
 
 if TYPE_CHECKING:
@@ -37,20 +38,22 @@ def held(model: nn.Module) -> Iterator[None]:
 
     Also inside `no_grad` and `inference_mode`, since inference by gradients needs them whatever its caller does.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
-    training = [module for module in model.modules() if module.training]
-    try:
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        for module in training:
-            module.training = False
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
+    # gathered first: weights that `fully_shard` gathers while their shards ask for no gradient would get none later
+    with gathered(model, keep=True):
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.is_leaf]
+        training = [module for module in model.modules() if module.training]
+        try:
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            for module in training:
+                module.training = False
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            for module in training:
+                module.training = True
 
 
 @torch.compiler.disable(recursive=False)
