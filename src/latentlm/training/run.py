@@ -82,7 +82,7 @@ def train(
         raise InputError(f"{output} holds a run already: name another --output, or go on with it by --resume.")
     if corpus is None:
         on_stage("reading and tokenising the data")
-        corpus = load_corpus(recipe.data, seed)
+        corpus = load_corpus(recipe.data, seed, on_stage)
     model = build_model(recipe, corpus.tokenizer)
     output.mkdir(parents=True, exist_ok=True)
     document = yaml.safe_dump(dict(recipe.document), sort_keys=False)
