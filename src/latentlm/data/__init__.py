@@ -13,7 +13,9 @@ from latentlm.data.datasets import (
     split_documents,
     text_batch,
 )
+from latentlm.data.store import StoredTokens, store_tokens
 from latentlm.data.tokenizers import load_tokenizer, token_bytes, train_tokenizer
+from latentlm.data.tokens import Tokens
 
 __all__ = [
     "FACTORS",
@@ -23,7 +25,9 @@ __all__ = [
     "Document",
     "Item",
     "Sentences",
+    "StoredTokens",
     "StreamedBlocks",
+    "Tokens",
     "collate",
     "length_buckets",
     "load_tokenizer",
@@ -32,6 +36,7 @@ __all__ = [
     "render",
     "sentences",
     "split_documents",
+    "store_tokens",
     "stories",
     "text_batch",
     "token_bytes",

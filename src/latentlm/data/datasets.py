@@ -5,19 +5,20 @@ bytes of the text that the scored tokens stand for; an EOS that a data set adds 
 """
 
 import random
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypedDict
 
+import numpy as np
 import torch
 import torch.distributed
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from latentlm.data.corpora import Document
-from latentlm.data.tokenizers import token_bytes
+from latentlm.data.tokenizers import bos_and_eos
+from latentlm.data.tokens import Tokens, tokenise
 from latentlm.errors import InputError
 
 IGNORE_INDEX = -100
@@ -32,28 +33,11 @@ class Item(TypedDict):
     index: int
 
 
-def _item(bos: int, ids: Sequence[int] | Tensor, num_bytes: int, index: int) -> Item:
-    scored = torch.as_tensor(ids, dtype=torch.long)
-    return {"input_ids": torch.cat([scored.new_tensor([bos]), scored]), "num_bytes": num_bytes, "index": index}
-
-
-def _bos_and_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if not isinstance(bos, int) or not isinstance(eos, int):
-        raise InputError("the tokenizer lacks a BOS or EOS token: load it with load_tokenizer, which sets both")
-    return bos, eos
-
-
-def _tokens(tokenizer: PreTrainedTokenizerBase, documents: Iterable[Document]) -> Iterator[tuple[list[int], list[int]]]:
-    """Ids and byte counts of each document with one EOS at its end; documents without tokens are left out."""
-    _, eos = _bos_and_eos(tokenizer)
-    for ids, counts in token_bytes(tokenizer, (document.text for document in documents)):
-        if ids:
-            yield [*ids, eos], [*counts, 0]
-
-
-def _int32(values: array) -> Tensor:
-    return torch.frombuffer(values, dtype=torch.int32) if values else torch.empty(0, dtype=torch.int32)
+def _item(bos: int, ids: Sequence[int] | Int32[np.ndarray, " tokens"], num_bytes: int, index: int) -> Item:
+    input_ids = torch.empty(len(ids) + 1, dtype=torch.long)
+    input_ids[0] = bos
+    input_ids[1:] = torch.as_tensor(np.array(ids, dtype=np.int64))  # a copy: ids may be memory-mapped
+    return {"input_ids": input_ids, "num_bytes": num_bytes, "index": index}
 
 
 def _check_positive(**values: int) -> None:
@@ -66,47 +50,49 @@ class Blocks(Dataset[Item]):
     """Documents joined, one EOS after each, and cut into blocks of equal length that do not overlap.
 
     Args:
-        documents: read once.
+        documents: read once; or their tokens.
         tokenizer: its BOS begins each block, its EOS ends each document.
         block_length: scored tokens of a block.
         drop_last: leave out the shorter block at the end (training), or keep it as the last item, so that every
             token is scored exactly once (evaluation).
 
-    Items: `input_ids` [block_length + 1], `num_bytes`, `index`. Eight bytes of memory per token.
+    Items: `input_ids` [block_length + 1], `num_bytes`, `index`.
     """
 
     def __init__(
-        self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, block_length: int, drop_last: bool
+        self,
+        documents: Iterable[Document] | Tokens,
+        tokenizer: PreTrainedTokenizerBase,
+        block_length: int,
+        drop_last: bool,
     ):
         _check_positive(block_length=block_length)
-        ids, counts = array("i"), array("i")
-        for document_ids, document_counts in _tokens(tokenizer, documents):
-            ids.extend(document_ids)
-            counts.extend(document_counts)
-        kept = len(ids) // block_length * block_length if drop_last else len(ids)
-        if kept == 0:
-            raise _too_short(len(ids), block_length)
+        self._tokens = documents if isinstance(documents, Tokens) else Tokens.of(documents, tokenizer)
+        available = len(self._tokens.ids)
+        self._kept = available // block_length * block_length if drop_last else available
+        if self._kept == 0:
+            raise _too_short(available, block_length)
         self.block_length = block_length
-        self._bos, _ = _bos_and_eos(tokenizer)
-        self._ids, self._counts = _int32(ids)[:kept], _int32(counts)[:kept]
+        self._bos, _ = bos_and_eos(tokenizer)
 
     @property
     def num_tokens(self) -> int:
         """Scored tokens of all blocks."""
-        return len(self._ids)
+        return self._kept
 
     @property
     def num_bytes(self) -> int:
         """Bytes of text that the scored tokens of all blocks stand for."""
-        return int(self._counts.sum())
+        return int(self._tokens.num_bytes[: self._kept].sum(dtype=np.int64))
 
     def __len__(self) -> int:
-        return -(-len(self._ids) // self.block_length)
+        return -(-self._kept // self.block_length)
 
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]  # negative indices, and IndexError at the end
-        span = slice(index * self.block_length, (index + 1) * self.block_length)
-        return _item(self._bos, self._ids[span], int(self._counts[span].sum()), index)
+        start = index * self.block_length
+        span = slice(start, min(start + self.block_length, self._kept))
+        return _item(self._bos, self._tokens.ids[span], int(self._tokens.num_bytes[span].sum()), index)
 
 
 def _too_short(num_tokens: int, block_length: int) -> InputError:
@@ -170,7 +156,7 @@ class StreamedBlocks(IterableDataset[Item]):
         return own
 
     def _own_blocks(self, rank: int, ranks: int, worker: int, workers: int) -> Iterator[Item]:
-        bos, _ = _bos_and_eos(self.tokenizer)
+        bos, _ = bos_and_eos(self.tokenizer)
         held = None
         for index, (ids, num_bytes) in enumerate(self._all_blocks()):
             if index % ranks == rank and index // ranks % workers == worker:
@@ -180,20 +166,18 @@ class StreamedBlocks(IterableDataset[Item]):
                 yield held
                 held = None
 
-    def _all_blocks(self) -> Iterator[tuple[list[int], int]]:
-        ids: list[int] = []
-        counts: list[int] = []
+    def _all_blocks(self) -> Iterator[tuple[Int32[np.ndarray, " tokens"], int]]:
+        ids = num_bytes = np.empty(0, np.int32)
         length, index = self.block_length, 0
-        for document_ids, document_counts in _tokens(self.tokenizer, self.source()):
-            ids += document_ids
-            counts += document_counts
+        for _, batch in tokenise(self.source(), self.tokenizer):
+            ids, num_bytes = np.concatenate((ids, batch.ids)), np.concatenate((num_bytes, batch.num_bytes))
             whole = len(ids) // length * length
             for start in range(0, whole, length):
-                yield ids[start : start + length], sum(counts[start : start + length])
+                yield ids[start : start + length], int(num_bytes[start : start + length].sum())
                 index += 1
-            del ids[:whole], counts[:whole]
-        if ids and not self.drop_last:
-            yield ids, sum(counts)
+            ids, num_bytes = ids[whole:], num_bytes[whole:]
+        if len(ids) and not self.drop_last:
+            yield ids, int(num_bytes.sum())
         elif index == 0:
             raise _too_short(len(ids), length)
 
@@ -216,68 +200,68 @@ class Sentences(Dataset[Item]):
     """One document per item: BOS, its tokens, EOS.
 
     Args:
-        documents: read once; those without a token are skipped.
+        documents: read once, or their tokens; those without a token are skipped.
         tokenizer: gives BOS and EOS.
         max_length: scored tokens kept of each document, EOS counted; None keeps all.
 
     Attributes:
-        lengths: scored tokens of each item.
         factors: the generative factors of each item (None for one without), or None if no document has any.
-        truncated: how many items lost tokens to `max_length`.
 
     Items: `input_ids` [lengths[i] + 1], `num_bytes`, `index`.
     """
 
     def __init__(
-        self, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+        self,
+        documents: Iterable[Document] | Tokens,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None = None,
     ):
         if max_length is not None:
             _check_positive(max_length=max_length)
-        self._bos, eos = _bos_and_eos(tokenizer)
-        self.truncated = 0
-        self.lengths: list[int] = []
-        factors: list[Mapping[str, str] | None] = []
-        ids, self._num_bytes, self._starts = array("i"), array("q"), array("q")
-
-        read: list[Mapping[str, str] | None] = []  # factors of documents read ahead by the tokenizer's batches
-
-        def texts() -> Iterator[str]:
-            for document in documents:
-                read.append(document.factors)
-                yield document.text
-
-        for number, (document_ids, counts) in enumerate(token_bytes(tokenizer, texts())):
-            if not document_ids:
-                continue
-            document_ids, counts = [*document_ids, eos], [*counts, 0]
-            self.truncated += max_length is not None and len(document_ids) > max_length
-            self._starts.append(len(ids))
-            ids.extend(document_ids[:max_length])
-            self.lengths.append(len(ids) - self._starts[-1])
-            self._num_bytes.append(sum(counts[:max_length]))
-            factors.append(read[number])
-        if not self.lengths:
+        self._bos, _ = bos_and_eos(tokenizer)
+        self._tokens = documents if isinstance(documents, Tokens) else Tokens.of(documents, tokenizer)
+        if len(self._tokens.ends) == 0:
             raise InputError("the documents hold no text: give at least one that is not empty")
-        self.factors = factors if any(factors) else None
-        self._ids = _int32(ids)
+        self.max_length = max_length
+        self.factors = self._tokens.factors
+
+    def _whole_lengths(self) -> Int64[np.ndarray, " documents"]:
+        return np.diff(self._tokens.ends, prepend=0)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Scored tokens of each item."""
+        lengths = self._whole_lengths()
+        return (lengths if self.max_length is None else lengths.clip(max=self.max_length)).tolist()
+
+    @property
+    def truncated(self) -> int:
+        """How many items lost tokens to `max_length`."""
+        return 0 if self.max_length is None else int((self._whole_lengths() > self.max_length).sum())
 
     @property
     def num_tokens(self) -> int:
         """Scored tokens of all items."""
-        return len(self._ids)
+        return sum(self.lengths)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of text that the scored tokens of all items stand for."""
-        return sum(self._num_bytes)
+        return sum(int(self._tokens.num_bytes[self._span(index)].sum()) for index in range(len(self)))
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._tokens.ends)
+
+    def _span(self, index: int) -> slice:
+        index = range(len(self))[index]
+        start = int(self._tokens.ends[index - 1]) if index else 0
+        end = int(self._tokens.ends[index])
+        return slice(start, end if self.max_length is None else min(end, start + self.max_length))
 
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]
-        start = self._starts[index]
-        return _item(self._bos, self._ids[start : start + self.lengths[index]], self._num_bytes[index], index)
+        span = self._span(index)
+        return _item(self._bos, self._tokens.ids[span], int(self._tokens.num_bytes[span].sum()), index)
 
 
 # --- batches -----------------------------------------------------------------------------------------------------
@@ -321,7 +305,7 @@ def text_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], end: bo
     """
     if isinstance(texts, str) or not texts:
         raise InputError("there are no texts: give a list with at least one string")
-    bos, eos = _bos_and_eos(tokenizer)
+    bos, eos = bos_and_eos(tokenizer)
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
     items = [_item(bos, [*ids, eos] if end else ids, 0, index) for index, ids in enumerate(encoded)]
     pad = tokenizer.pad_token_id

@@ -1,6 +1,7 @@
 """From the `data` section of a recipe to sequences and a tokenizer."""
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -11,9 +12,11 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from latentlm.data.corpora import Document, read_documents
+from latentlm.data.corpora import Document, read_documents, source_fingerprint
 from latentlm.data.datasets import Blocks, Sentences, StreamedBlocks, split_documents
+from latentlm.data.store import store_tokens
 from latentlm.data.tokenizers import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
+from latentlm.data.tokens import Tokens
 from latentlm.errors import InputError
 
 RECIPE_FILE = "recipe.yaml"
@@ -21,6 +24,7 @@ RECIPE_FILE = "recipe.yaml"
 _SHUFFLED_BLOCKS = 4096
 # documents from which a streamed corpus' tokenizer is trained
 _TOKENIZER_DOCUMENTS = 50_000
+_SECONDS_BETWEEN_STAGES = 30
 
 
 @strict
@@ -39,6 +43,8 @@ class DataRecipe:
         length: scored tokens of a sequence, T.
         limit: documents read from `source`; None for all.
         streaming: read, tokenise and shuffle while training, for text that does not fit in memory (blocks only).
+        cache: folder in which the tokens of `source` are kept, memory-mapped: tokenised once, by one process, and
+            taken up where that was cut short. None keeps them in memory.
         tokenizer: folder or hub name of a tokenizer; None trains one of `vocab_size` tokens on the training text.
     """
 
@@ -52,6 +58,7 @@ class DataRecipe:
     length: int = 128
     limit: int | None = None
     streaming: bool = False
+    cache: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 8192
 
@@ -69,6 +76,12 @@ class DataRecipe:
             raise ValueError("streaming makes blocks: set unit to blocks, or streaming to false")
         if self.streaming and self.validation is None:
             raise ValueError("streaming reads source once and cannot split it: name a source under validation")
+        if self.cache is not None and self.streaming:
+            raise ValueError("cache keeps tokens that streaming does not need: leave one of them out")
+        if self.cache is not None and self.validation is None:
+            raise ValueError("cache keeps all of source and cannot split it: name a source under validation")
+        if self.cache is not None and not self.cache.strip():
+            raise ValueError("cache is empty: name a folder, or null for none")
 
 
 @dataclass
@@ -80,10 +93,16 @@ class Corpus:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_corpus(data: DataRecipe, seed: int = 0) -> Corpus:
-    """Reads, splits by document, tokenises and cuts into sequences."""
+def load_corpus(data: DataRecipe, seed: int = 0, on_stage: Callable[[str], None] = lambda stage: None) -> Corpus:
+    """Reads, splits by document, tokenises and cuts into sequences.
+
+    Args:
+        on_stage: told in words how far a cache is.
+    """
     if data.streaming:
         return _stream_corpus(data, seed)
+    if data.cache is not None:
+        return _cached_corpus(data, data.cache, on_stage)
     documents = list(read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit))
     if data.validation is None:
         training, validation = split_documents(documents, data.validation_fraction, data.split_seed)
@@ -98,7 +117,12 @@ def load_corpus(data: DataRecipe, seed: int = 0) -> Corpus:
 
 
 def make_sequences(
-    documents: list[Document], tokenizer: PreTrainedTokenizerBase, unit: str, length: int, *, drop_last: bool
+    documents: Iterable[Document] | Tokens,
+    tokenizer: PreTrainedTokenizerBase,
+    unit: str,
+    length: int,
+    *,
+    drop_last: bool,
 ) -> Dataset:
     """Blocks or sentences of at most `length` scored tokens."""
     if unit == "sentences":
@@ -115,6 +139,39 @@ def _stream_corpus(data: DataRecipe, seed: int) -> Corpus:
     train = StreamedBlocks(documents, tokenizer, data.length, True, shuffle_buffer=_SHUFFLED_BLOCKS, seed=seed)
     validation = make_sequences(_validation_documents(data), tokenizer, data.unit, data.length, drop_last=False)
     return Corpus(train, validation, tokenizer)
+
+
+def _cached_corpus(data: DataRecipe, folder: str, on_stage: Callable[[str], None]) -> Corpus:
+    def documents() -> Iterator[Document]:
+        return read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
+
+    said = time.monotonic()
+
+    def on_progress(documents: int, tokens: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _SECONDS_BETWEEN_STAGES:
+            said = time.monotonic()
+            on_stage(f"tokenising into {folder}: {documents:,} documents, {tokens:,} tokens")
+
+    validation = _validation_documents(data)  # before hours of tokenising: it may not be there
+    tokens, tokenizer = store_tokens(
+        folder,
+        documents,
+        data.vocab_size if data.tokenizer is None else load_tokenizer(data.tokenizer),
+        {
+            "source": source_fingerprint(data.source),
+            "column": data.column,
+            "sample_by": data.sample_by,
+            "limit": data.limit,
+        },
+        on_progress=on_progress,
+        on_wait=lambda: on_stage(f"waiting for another process that tokenises into {folder}"),
+    )
+    return Corpus(
+        make_sequences(tokens, tokenizer, data.unit, data.length, drop_last=True),
+        make_sequences(validation, tokenizer, data.unit, data.length, drop_last=False),
+        tokenizer,
+    )
 
 
 def _validation_documents(data: DataRecipe) -> list[Document]:

@@ -1,15 +1,21 @@
 """Tokenizers: training one, loading one, and how many bytes of a text each token stands for."""
 
-from collections.abc import Iterable, Iterator
-from itertools import accumulate
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
+import numpy as np
+from jaxtyping import Int32, Int64
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from latentlm.errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
+T = TypeVar("T")
 _BATCH_TEXTS, _BATCH_CHARACTERS = 1000, 1_000_000
 
 
@@ -62,6 +68,30 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def bos_and_eos(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if not isinstance(bos, int) or not isinstance(eos, int):
+        raise InputError("the tokenizer lacks a BOS or EOS token: load it with load_tokenizer, which sets both")
+    return bos, eos
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Differs between tokenizers that cut text differently or have another BOS or EOS."""
+    _check_fast(tokenizer)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    del backend["truncation"], backend["padding"]  # of the last call, and no part of the tokenizer
+    content = json.dumps([backend, *bos_and_eos(tokenizer)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+class EncodedTexts(NamedTuple):
+    """Texts of a batch, end to end."""
+
+    ids: Int32[np.ndarray, " tokens"]
+    num_bytes: Int32[np.ndarray, " tokens"]  # UTF-8 bytes that each token accounts for
+    lengths: Int64[np.ndarray, " texts"]  # tokens of each text
+
+
 def token_bytes(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Iterator[tuple[list[int], list[int]]]:
     """Encodes texts without special tokens and counts the UTF-8 bytes of the text that each token accounts for.
 
@@ -73,40 +103,69 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> Ite
     Yields:
         (ids, bytes) for each text in order, two lists of the same length; two empty ones if it yields no token.
     """
-    if not tokenizer.is_fast:
-        raise InputError("this tokenizer gives no offsets, so bytes cannot be counted: use a fast one (tokenizer.json)")
-    for batch in _batches(texts):
-        # verbose=False: texts longer than the model are cut into blocks later, no reason for a warning.
-        encoded = tokenizer(
-            batch, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
-        for text, ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield ids, _count_bytes(text, [end for _, end in offsets])
+    for batch in batches(texts, len):
+        ids, num_bytes, lengths = encode_texts(tokenizer, batch)
+        ends = lengths.cumsum()
+        for start, end in zip(ends - lengths, ends, strict=True):
+            yield ids[start:end].tolist(), num_bytes[start:end].tolist()
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if len(batch) == _BATCH_TEXTS or characters >= _BATCH_CHARACTERS:
+def batches(items: Iterable[T], characters: Callable[[T], int]) -> Iterator[list[T]]:
+    """Items in order, in batches that a tokenizer takes at once; `characters` is the length of an item's text."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += characters(item)
+        if len(batch) == _BATCH_TEXTS or total >= _BATCH_CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
 
 
-def _count_bytes(text: str, ends: list[int]) -> list[int]:
-    """Bytes of each token of a text from the positions (in characters) where the tokens end."""
-    if not ends:
-        return []
-    ends[-1] = len(text)
-    if not text.isascii():
-        position = [0, *accumulate(len(character.encode()) for character in text)]
-        ends = [position[end] for end in ends]
-    counts, done = [], 0
-    for end in ends:
-        counts.append(max(end - done, 0))  # a tokenizer that trims offsets may step back
-        done = max(end, done)
-    return counts
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> EncodedTexts:
+    """What `token_bytes` yields, for one batch and as arrays."""
+    _check_fast(tokenizer)
+    # verbose=False: texts longer than the model are cut into blocks later, no reason for a warning.
+    encoded = tokenizer(
+        texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
+    lengths = np.fromiter(map(len, encoded["input_ids"]), np.int64, len(texts))
+    total = int(lengths.sum())
+    ids = np.fromiter(chain.from_iterable(encoded["input_ids"]), np.int32, total)
+    ends = np.fromiter((end for offsets in encoded["offset_mapping"] for _, end in offsets), np.int64, total)
+    return EncodedTexts(ids, _count_bytes(texts, lengths, ends), lengths)
+
+
+def _check_fast(tokenizer: PreTrainedTokenizerBase) -> None:
+    if not tokenizer.is_fast:
+        raise InputError("this tokenizer gives no offsets, so bytes cannot be counted: use a fast one (tokenizer.json)")
+
+
+def _count_bytes(
+    texts: list[str], lengths: Int64[np.ndarray, " texts"], ends: Int64[np.ndarray, " tokens"]
+) -> Int32[np.ndarray, " tokens"]:
+    """Bytes of each token from the positions (in characters of its own text) where the tokens end."""
+    texts, lengths = [text for text, length in zip(texts, lengths, strict=True) if length], lengths[lengths > 0]
+    limits = np.cumsum([0, *map(len, texts)])  # of the texts, in characters of all joined
+    ends = ends + np.repeat(limits[:-1], lengths)
+    ends[lengths.cumsum() - 1] = limits[1:]
+    ends = np.maximum.accumulate(ends)  # a tokenizer that trims offsets may step back
+    joined = "".join(texts)
+    if not joined.isascii():
+        ends = _utf8_positions(joined)[ends]
+    counts = np.diff(ends, prepend=0)
+    if counts.max(initial=0) > np.iinfo(np.int32).max:
+        raise InputError(f"a token stands for {counts.max()} bytes of text: give shorter documents")
+    return counts.astype(np.int32)
+
+
+def _utf8_positions(text: str) -> Int64[np.ndarray, " positions"]:
+    """Where each character begins in the UTF-8 form of a text, and its length in bytes at the end."""
+    code_points = np.frombuffer(text.encode("utf-32-le"), np.dtype("<u4"))
+    widths = np.zeros(len(text) + 1, np.uint8)
+    widths[1:] = 1
+    for two_three_and_four_bytes_from in (0x80, 0x800, 0x10000):
+        widths[1:] += code_points >= two_three_and_four_bytes_from
+    return widths.cumsum(dtype=np.int64)

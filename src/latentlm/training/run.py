@@ -128,7 +128,7 @@ def train(
         on_stage(start.remark)
     if corpus is None:
         on_stage("reading and tokenising the data")
-        corpus = load_corpus(recipe.data, seed)
+        corpus = load_corpus(recipe.data, seed, on_stage)
     document = yaml.safe_dump(dict(recipe.document), sort_keys=False)
     if start.finished:
         if start.checkpoint is None:
