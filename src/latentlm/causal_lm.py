@@ -1,20 +1,26 @@
 """What the families with an autoregressive decoder share: scoring in one pass, cached generation steps, `generate`."""
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from latentlm.distributions import Stream, sequence_keys
-from latentlm.errors import InputError
+from latentlm.errors import InputError, shown
 from latentlm.latent_lm import LatentLM, LatentLMConfig, LatentLMOutput
 from latentlm.layers import self_cache, token_log_likelihood
+
+# a slip of the hand; a billion layers would be built one by one before memory runs out
+_LARGEST_COUNT = 2**24
+_MOST_REPEATED = 10_000  # layers, steps
+_LARGEST_NUMBER = 1e30  # beyond it float32 overflows
 
 
 @strict
@@ -58,6 +64,12 @@ class CausalConfig(LatentLMConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            most = _LARGEST_NUMBER if "float" in str(f.type) else _LARGEST_COUNT
+            most = _MOST_REPEATED if f.name.endswith(("_layers", "_steps")) else most
+            if isinstance(value, int | float) and most < value < math.inf and not f.name.endswith("_token_id"):
+                raise ValueError(f"{f.name} must be at most {most}, not {shown(value)}")
         for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
@@ -255,6 +267,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
                 latents = latents.repeat_interleave(draws, 0)
             input_ids = input_ids.repeat_interleave(draws, 0)
             attention_mask = attention_mask.repeat_interleave(draws, 0)
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), _Finite()])
             if reinfer_every is not None:
                 return self._generate_reinferring(
                     input_ids,
@@ -366,6 +379,17 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         return make(
             config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=self_cache(cache)
         )
+
+
+class _Finite(LogitsProcessor):
+    """Stops where there is no distribution to draw from; the likeliest token of NaNs would be one, too."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not bool((scores < math.inf).all()):  # −∞ is a token that another processor rules out
+            raise InputError(
+                "the model gives probabilities that are not finite: its latents are far too large, or it diverged."
+            )
+        return scores
 
 
 def token_cache(config: CausalConfig) -> DynamicCache:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 # the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
+from latentlm.endings import told_in_one_sentence
 from latentlm.errors import InputError
 from latentlm.processes import is_main, join, launched
 
@@ -34,11 +36,17 @@ def _json_file(path: Path | None) -> Path | None:
     return path
 
 
+def _seed(seed: int | None) -> int | None:
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise InputError("--seed must fit in 64 bits: give a smaller number.")
+    return seed
+
+
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE, too.", callback=_json_file)
 ]
 Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved model.", metavar="MODEL")]
-Seed = Annotated[int, typer.Option(help="Seed of all noise.")]
+Seed = Annotated[int, typer.Option(help="Seed of all noise.", callback=_seed)]
 Column = Annotated[str | None, typer.Option(help="Text column of a table: its name, or its number from 1.")]
 SampleBy = Annotated[str | None, typer.Option(help="What of a text file is one document: line, paragraph or document.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only so many documents.")]
@@ -51,6 +59,7 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; change
 _QUICKSTART_THREADS = 2
 _FILE_WIDTH = 250
 _OF_SEVERAL_PROCESSES = ("train", "evaluate")
+_MOST_SAMPLES = 1_000_000
 _LEAST_TEMPERATURE = 1e-12  # far below it logits overflow
 _DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
@@ -59,7 +68,9 @@ _DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder,
 def _options(
     context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default torch's choice.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="CPU threads; by default torch's choice.")
+    ] = None,
 ) -> None:
     context.obj = threads
     if launched() > 1 and context.invoked_subcommand not in _OF_SEVERAL_PROCESSES:
@@ -194,7 +205,7 @@ def evaluate(
     column: Column = None,
     sample_by: SampleBy = None,
     limit: Limit = None,
-    iw_samples: Annotated[int, typer.Option(min=1, help="K of the importance-weighted bound.")] = 16,
+    iw_samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="K of the importance-weighted bound.")] = 16,
     protocol: Annotated[
         str, typer.Option(help="honest, or paper: beside it what the family's published code would report.")
     ] = "honest",
@@ -204,7 +215,9 @@ def evaluate(
     reinfer_every: Annotated[
         int | None, typer.Option(min=1, help="With --prompt-tokens: infer z afresh after so many tokens.")
     ] = None,
-    prior_samples: Annotated[int, typer.Option(min=0, help="Measure the variety of so many texts from the prior.")] = 0,
+    prior_samples: Annotated[
+        int, typer.Option(min=0, max=_MOST_SAMPLES, help="Measure the variety of so many texts from the prior.")
+    ] = 0,
     settings: Settings = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
@@ -217,12 +230,11 @@ def evaluate(
     from latentlm.data.recipe import evaluation_sequences
     from latentlm.evaluation.measure import measure
     from latentlm.evaluation.report import table
-    from latentlm.loading import load
     from latentlm.training.progress import counted
 
     console = _console()
     join()
-    loaded, tokenizer = _on_device(*load(model))
+    loaded, tokenizer = _load(model)
     _change_inference(loaded, settings)
     sequences = evaluation_sequences(
         model, tokenizer, loaded.config.max_position_embeddings, data, column=column, sample_by=sample_by, limit=limit
@@ -252,7 +264,11 @@ def evaluate(
 def generate(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; may be given several times.")] = None,
-    number: Annotated[int, typer.Option("--number", "-n", min=1, help="Texts for each prompt.")] = 1,
+    latents: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write from the means in a file of encode, one for each prompt or text."),
+    ] = None,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, max=_MOST_SAMPLES, help="Texts for each prompt.")] = 1,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="By default what the model's context leaves.")
     ] = None,
@@ -267,27 +283,26 @@ def generate(
         int | None, typer.Option(min=1, help="Infer z afresh from the text so far after so many new tokens.")
     ] = None,
     settings: Settings = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the call repeatable.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the call repeatable.", callback=_seed)] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Write text: from latents inferred from a prompt, or from the prior.
+    """Write text: from latents inferred from a prompt, from the prior, or from a file.
 
     Example: latentlm generate runs/quickstart/ltm --prompt "yesterday the" -n 3 --seed 1
     """
-    from latentlm.loading import load
-    from latentlm.text import write
+    from latentlm.text import read_latents, write
 
     if not temperature >= _LEAST_TEMPERATURE:
         raise InputError(f"--temperature must be at least {_LEAST_TEMPERATURE}; for the likeliest token use --greedy.")
     if 1 < beams < number:
         raise InputError(f"--beams {beams} gives at most {beams} texts for each prompt, not {number}.")
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise InputError("--seed must fit in 64 bits.")
     prompts = prompt or []
-    if any("\ud800" <= letter <= "\udfff" for text in prompts for letter in text):
-        raise InputError("--prompt is not UTF-8 text.")
-    loaded, tokenizer = _on_device(*load(model))
+    _check_utf8("--prompt", prompts)
+    rows = None if latents is None else read_latents(latents)
+    loaded, tokenizer = _load(model)
     _change_inference(loaded, settings)
+    if rows is not None:
+        _check_has_latents(model, loaded)
     longest = max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0)
     room = loaded.config.max_position_embeddings - longest
     if max_new_tokens is None and room < 1:
@@ -301,6 +316,7 @@ def generate(
         loaded,
         tokenizer,
         prompts,
+        latents=rows,
         num_return_sequences=number,
         max_new_tokens=max_new_tokens or room,
         num_beams=beams,
@@ -310,7 +326,8 @@ def generate(
     )
     for text in texts:
         typer.echo(text)
-    _write_json(json_file, {"prompts": prompts, "number": number, "seed": seed, "texts": texts})
+    given = {"prompts": prompts, "latents": None if latents is None else str(latents)}
+    _write_json(json_file, {**given, "number": number, "seed": seed, "texts": texts})
 
 
 @app.command()
@@ -333,18 +350,17 @@ def encode(
     Example: latentlm encode runs/quickstart/ltm --data texts.txt --output latents.npz
     """
     from latentlm.data import read_documents
-    from latentlm.loading import load
     from latentlm.text import check_latents_path
     from latentlm.text import encode as run
     from latentlm.training.progress import counted
 
     if (text is None) == (data is None):
         raise InputError("give the texts either by --text or by --data.")
+    _check_utf8("--text", text or [])
     check_latents_path(output)
-    loaded, tokenizer = _on_device(*load(model))
+    loaded, tokenizer = _load(model)
     _change_inference(loaded, settings)
-    if not loaded.prior(1, 1).event_shape.numel():
-        raise InputError(f"{model} is a {type(loaded).__name__} and has no latents: give a model of another family.")
+    _check_has_latents(model, loaded)
     if data is not None:
         documents = read_documents(data, column=column, sample_by=sample_by or "line", limit=limit)
         text = [document.text for document in documents]
@@ -353,6 +369,18 @@ def encode(
     encoding.save(output)
     shape = " × ".join(map(str, encoding.mean.shape[1:]))
     typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
+
+
+def _check_utf8(option: str, texts: list[str]) -> None:
+    if any("\ud800" <= letter <= "\udfff" for text in texts for letter in text):
+        raise InputError(f"{option} is not UTF-8 text: convert it.")
+
+
+def _check_has_latents(name: str, model: Any) -> None:
+    if not model.prior(1, 1).event_shape.numel():
+        raise InputError(
+            f"{name} has no latents, being of the family {type(model).__name__}: give a model of another family."
+        )
 
 
 def _console() -> Console:
@@ -374,9 +402,15 @@ def _change_inference(model: Any, settings: list[str] | None) -> None:
         model.change_inference(**changes)
 
 
-def _on_device(model: Any, tokenizer: Any) -> tuple[Any, Any]:
+def _load(name: str) -> tuple[Any, Any]:
     import torch
 
+    from latentlm.data.hub import hub_or_cache
+    from latentlm.loading import load
+
+    # a hub name is OWNER/NAME
+    with hub_or_cache(name) if len(Path(name).parts) == 2 and not Path(name).parent.exists() else nullcontext():
+        model, tokenizer = load(name)
     # of several processes on a machine each has its own GPU
     return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"), tokenizer
 
@@ -395,21 +429,8 @@ def main() -> None:
     if not debug:
         warnings.filterwarnings("ignore")
         transformers_logging.set_verbosity_error()
-    try:
+    with told_in_one_sentence(debug):
         # click's standalone mode would end the process itself and print a usage block for every mistake
         status = app([word for word in sys.argv[1:] if word != "--debug"], standalone_mode=False)
-    except typer.exceptions.TyperException as error:
-        sys.exit(_complain(error.format_message(), debug))
-    except (InputError, OSError) as error:
-        message = str(error) if isinstance(error, InputError) else f"{error.filename or 'a file'}: {error.strerror}."
-        sys.exit(_complain(message, debug))
-    except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)
-
-
-def _complain(message: str, debug: bool) -> int:
-    if debug:
-        raise
-    print(f"latentlm: {message}", file=sys.stderr)
-    return 2

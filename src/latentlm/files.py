@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, and what tells whether they are as they were written."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -28,15 +29,43 @@ def check_writable(path: str | Path) -> Path:
         raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist.")
     if path.is_dir():
         raise InputError(f"{path} cannot be written: it is a folder.")
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path} cannot be written: no permission to write in {path.parent}.")
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise InputError(f"{path} cannot be written: no permission to write in {path.parent}: name another place.")
     return path
+
+
+# EFBIG: a limit on the size of files, which some computing centres set in place of a quota
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file or folder cannot be used, and what to do."""
+    if error.errno in _FULL:
+        return f"{error.strerror}: free some space, or name another place"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{error.strerror}: change its permissions, or name another place"
+    return f"{error.strerror or error}: check the path"
 
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """A binary file to write to; it takes its name once everything is on the disk, and is gone if that fails."""
+    """A binary file to write to; it takes its name once everything is on the disk, and is gone if that fails.
+
+    Raises:
+        InputError: it cannot be written: a full disk, for one.
+    """
     path = check_writable(path)
+    try:
+        with _whole_file(path) as file:
+            yield file
+    except OSError as error:
+        if error.errno is None or not str(error.filename or path.parent).startswith(str(path.parent)):
+            raise  # not of this file
+        raise InputError(f"{path} cannot be written: {reason_of(error)}.") from error
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[IO[bytes]]:
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         try:
             yield file
@@ -66,19 +95,14 @@ def saving(what: str | Path) -> Iterator[None]:
     except (OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_CANNOT_WRITE):
             raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _reason(str(error))
-        raise InputError(
-            f"{what} cannot be written ({reason}): make room or choose another folder; what was saved before is intact."
-        ) from error
+        reason = reason_of(error) if isinstance(error, OSError) else _NO_ROOM
+        raise InputError(f"{what} cannot be written: {reason}; what was saved before is intact.") from error
 
 
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory", "cannot be opened")
-
-
-def _reason(message: str) -> str:
-    if "No space left" in message:
-        return "No space left on device"
-    return "the file could not be written to its end" if "PytorchStreamWriter" in message else message.splitlines()[0]
+_NO_ROOM = (
+    "the disk took only a part of it: free some space, or name another place"  # torch and safetensors say no more
+)
 
 
 def publish_folder(staged: Path, target: Path) -> None:

@@ -1,5 +1,6 @@
 """Texts in; texts or latents out."""
 
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from latentlm.data import length_buckets, text_batch
-from latentlm.errors import InputError
+from latentlm.errors import InputError, one_sentence
 from latentlm.files import check_writable, whole_file
 from latentlm.latent_lm import LatentLM
 
@@ -53,6 +55,62 @@ def check_latents_path(path: str | Path) -> Path:
     if path.suffix not in (".npz", ".parquet"):
         raise InputError(f"{path}: latents are written as .npz or .parquet.")
     return path
+
+
+def read_latents(path: str | Path) -> Float[Tensor, "rows *event"]:
+    """The means in a file that `Encoding.save` wrote; ready-made latents may be stored in the same way.
+
+    Raises:
+        InputError: no such file, no such content, or numbers that are not finite in float32.
+    """
+    path = Path(path)
+    if path.suffix not in (".npz", ".parquet"):
+        raise InputError(f"{path}: latents are read from .npz or .parquet: give a file that latentlm encode wrote.")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist or is no file: give a file that latentlm encode wrote.")
+    try:
+        mean = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
+    except Exception as error:  # every kind of damage raises its own kind of exception
+        reason = one_sentence(error)
+        raise InputError(
+            f"{path} holds no latents that can be read ({reason}): write it again by latentlm encode."
+        ) from error
+    if mean.dtype.kind not in "fiu" or mean.ndim < 2:
+        raise InputError(
+            f"{path}: 'mean' has the type {mean.dtype} and the shape {list(mean.shape)}: give numbers [rows, …]."
+        )
+    if not len(mean):
+        raise InputError(f"{path} holds no latents: encode at least one text.")
+    with np.errstate(over="ignore"):
+        latents = torch.from_numpy(np.ascontiguousarray(mean.astype(np.float32)))
+    if not bool(torch.isfinite(latents).all()):
+        raise InputError(f"{path} holds latents that are not finite: check how they were made.")
+    return latents
+
+
+def _read_npz(path: Path) -> np.ndarray:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no .npz file")
+    with np.load(path, allow_pickle=False) as arrays:
+        if "mean" not in arrays:
+            raise ValueError("there is no array 'mean'")
+        try:
+            return np.asarray(arrays["mean"])
+        except ValueError as error:
+            raise ValueError("its array 'mean' is damaged or holds objects, not numbers") from error
+
+
+def _read_parquet(path: Path) -> np.ndarray:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        table = file.read(columns=["mean", "shape"])
+    if missing := {"mean", "shape"} - set(table.column_names):
+        raise ValueError(f"there is no column {sorted(missing)[0]!r}")
+    rows, shapes = table["mean"].to_pylist(), table["shape"].to_pylist()
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError("its rows have different shapes")
+    return np.array(rows).reshape(len(rows), *(shapes[0] if shapes else (1,)))
 
 
 @torch.no_grad()
@@ -101,9 +159,13 @@ def write(
 ) -> list[str]:
     """Texts from each prompt (z inferred from it), or from the prior; takes the options of the model's `generate`.
 
-    Each text ends at its first end-of-text token. Rows of one prompt stand together.
+    Each text ends at its first end-of-text token. Rows of one prompt stand together. One prompt serves many `latents`.
     """
     given: dict[str, Any] = {}
+    if options.get("latents") is not None:
+        options["latents"] = options["latents"].to(model.device)
+        if len(prompts) == 1:
+            prompts = [*prompts] * len(options["latents"])
     if prompts:
         batch = text_batch(tokenizer, prompts, end=False)
         given = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}

@@ -103,6 +103,7 @@ def test_hub(monkeypatch):
         calls.append((args, options))
         return [{"label": 1, "sentence": "one"}, {"label": 2, "sentence": ""}, {"label": 3, "sentence": "two"}]
 
+    monkeypatch.setattr("latentlm.data.hub.is_reachable", lambda: True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert texts("hub:owner/name:config") == ["one", "two"]
     assert texts("hub:owner/name", column="sentence") == ["one", "two"]

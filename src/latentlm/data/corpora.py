@@ -8,13 +8,15 @@ import csv
 import hashlib
 import json
 import lzma
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from latentlm.errors import InputError
+from latentlm.data import hub
+from latentlm.errors import InputError, one_sentence
 
 SAMPLE_BY = ("line", "paragraph", "document")
 SUFFIXES = (
@@ -64,7 +66,7 @@ def read_documents(
     else:
         files = _files(Path(source))
         documents = chain.from_iterable(_read_file(file, column, sample_by) for file in files)
-    return islice(_non_empty(documents, name), limit)
+    return islice(_non_empty(documents, name), limit if limit is None else min(limit, sys.maxsize))
 
 
 def source_fingerprint(source: str | Path) -> str:
@@ -330,6 +332,8 @@ def _read_hub(name: str, column: str | None) -> Iterator[Document]:
     dataset, _, config = name.removeprefix("hub:").partition(":")
     if not dataset:
         raise InputError(f"{name} names no data set: write hub:NAME or hub:NAME:CONFIG")
+    if not hub.is_reachable():
+        raise hub.unreachable(name)
     try:
         from datasets import load_dataset
 
@@ -338,5 +342,5 @@ def _read_hub(name: str, column: str | None) -> Iterator[Document]:
     except InputError:
         raise
     except Exception as error:  # network, name, licence gate, missing split: many types, one remedy
-        reason = " ".join(str(error).split())[:200]
+        reason = one_sentence(error)
         raise InputError(f"{name} cannot be read from the Hugging Face hub ({reason}): give a local file") from error

@@ -17,11 +17,13 @@ from latentlm.data.datasets import Blocks, Sentences, StreamedBlocks, split_docu
 from latentlm.data.store import store_tokens
 from latentlm.data.tokenizers import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
 from latentlm.data.tokens import Tokens
-from latentlm.errors import InputError
+from latentlm.errors import InputError, shown
 
 RECIPE_FILE = "recipe.yaml"
 # blocks that wait in memory to be drawn at random while streaming
 _SHUFFLED_BLOCKS = 4096
+# tokens; a slip of the hand is larger
+_LARGEST_COUNT = 2**24
 # documents from which a streamed corpus' tokenizer is trained
 _TOKENIZER_DOCUMENTS = 50_000
 _SECONDS_BETWEEN_STAGES = 30
@@ -64,12 +66,14 @@ class DataRecipe:
 
     def validate_values(self) -> None:
         """Part of the validation of `@strict`."""
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, not {self.length}")
+        if not 1 <= self.length <= _LARGEST_COUNT:
+            raise ValueError(f"length must be at least 1 and at most {_LARGEST_COUNT}, not {shown(self.length)}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, not {self.limit}")
         if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
             raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, not {self.vocab_size}")
+        if self.vocab_size > _LARGEST_COUNT:
+            raise ValueError(f"vocab_size must be at most {_LARGEST_COUNT}, not {shown(self.vocab_size)}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, not {self.validation_fraction}")
         if self.streaming and self.unit == "sentences":
@@ -188,12 +192,15 @@ def saved_data_recipe(folder: str | Path) -> DataRecipe | None:
     path = Path(folder) / RECIPE_FILE
     if not path.is_file():
         return None
+    unreadable = InputError(f"{path} is no recipe that can be read: delete it, or give --data.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
         known = {f.name for f in fields(DataRecipe)}
         return DataRecipe(**{key: value for key, value in content.items() if key in known})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError, StrictDataclassError) as error:
-        raise InputError(f"{path} is no recipe that can be read: delete it, or give --data.") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise unreadable from error
+    except (yaml.YAMLError, StrictDataclassError) as error:
+        raise unreadable from error
 
 
 def evaluation_sequences(

@@ -11,7 +11,8 @@ import numpy as np
 from jaxtyping import Int32, Int64
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from latentlm.errors import InputError
+from latentlm.data.hub import hub_or_cache
+from latentlm.errors import InputError, one_sentence
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257
@@ -55,12 +56,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Loads the tokenizer of a local folder or of a model on the hub; BOS and padding default to its EOS."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        with hub_or_cache(path):
+            tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except InputError:
+        raise
     except Exception as error:  # the loaders raise many types, down to bare Exception for a damaged file
-        reason = " ".join(str(error).split())[:200]
+        reason = one_sentence(error)
         raise InputError(f"{path} holds no tokenizer that loads ({reason}): give another folder") from error
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of {path} has no end of sequence: set eos_token in its tokenizer_config.json")
+    if max(tokenizer.get_vocab().values(), default=0) >= len(tokenizer):
+        raise InputError(f"the tokenizer of {path} leaves some numbers out, so no vocabulary fits it: give another")
     if tokenizer.bos_token is None:
         tokenizer.bos_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

@@ -9,11 +9,13 @@ evaluation:  the fields of `EvaluationRecipe`
 import dataclasses
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from huggingface_hub.dataclasses import strict
@@ -21,9 +23,11 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from latentlm.data.recipe import DataRecipe
-from latentlm.errors import InputError, one_sentence
+from latentlm.data.tokenizers import SMALLEST_VOCABULARY
+from latentlm.errors import InputError, one_sentence, shown
 from latentlm.families import FAMILIES
 from latentlm.latent_lm import LatentLM, LatentLMConfig
+from latentlm.training.memory import check_memory
 
 # what latentlm sets itself, from the command line or because its datasets and loss need it
 _OURS = {
@@ -31,9 +35,11 @@ _OURS = {
     "logging_nan_inf_filter",
 }  # fmt: skip
 # what no family here follows yet
-_WITHOUT_EFFECT = {"gradient_checkpointing", "label_smoothing_factor"}
+_WITHOUT_EFFECT = {"gradient_checkpointing", "label_smoothing_factor", "push_to_hub"}
 # counts by which transformers would divide, or with which a run fails in its middle
 _AT_LEAST_ONE = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"}
+# more is a slip of the hand, and overflows in the middle of a run
+_LARGEST_COUNT, _LARGEST_NUMBER, _WORKERS_PER_CORE = 2**31 - 1, 1e30, 4
 # the paper's schedule (Kong et al. 2025, appendix A.2); every one can be set in a recipe
 _TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -75,8 +81,8 @@ class EvaluationRecipe:
     def validate_values(self) -> None:
         """Part of the validation of `@strict`."""
         for name in ("sequences", "iw_samples", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
+            if getattr(self, name) is not None and not 1 <= getattr(self, name) <= _LARGEST_COUNT:
+                raise ValueError(f"{name} must be at least 1 and at most {_LARGEST_COUNT}")
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,15 @@ class Recipe:
 class Loader(yaml.SafeLoader):
     """YAML 1.1 reads 4e-4 as a string and no as false; people who train models mean a number and a word."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+            # PyYAML raises what it stumbles over: a month 13, !!int without digits, !!timestamp of a word
+            kind = str(node.tag).rpartition(":")[2]
+            problem = f"{shown(node.value)} is no {kind}, put it in quotes if it is a word"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from error
+
 
 Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not (tag.endswith(":bool") and first not in "tTfF")]
@@ -136,25 +151,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputError(f"recipe {path} cannot be read: {reason}.") from error
+        raise InputError(f"recipe {path} cannot be read: {unreadable(error)}.") from error
     return parse_recipe(text, str(path), overrides)
+
+
+def unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """Why a YAML file could not be read, and what to do."""
+    return f"{error.strerror}: check its path" if isinstance(error, OSError) else "it is not UTF-8 text: convert it"
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     """As `load_recipe`, from the recipe's text; `name` is what errors call it."""
-    try:
-        node = yaml.compose(text, Loader)
-        document = yaml.load(text, Loader)
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise InputError(f"{name}, line {line}: not valid YAML: a character that it does not allow.") from error
-    except ValueError as error:  # a date that is none, for one
-        raise InputError(f"{name}: not valid YAML: {error}.") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{name}, line {mark.line + 1}" if mark else name
-        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+    node, document = read_yaml(text, name)
     if not isinstance(document, dict):
         raise InputError(f"{name}: a recipe is a mapping with the keys model, data and training.")
     places = _places(node, name)
@@ -163,11 +171,26 @@ def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     return _check(document, places, name)
 
 
+def read_yaml(text: str, name: str) -> tuple[Any, Any]:
+    """The nodes, which know their lines, and the values of a YAML text; `name` is what an error calls it."""
+    try:
+        return yaml.compose(text, Loader), yaml.load(text, Loader)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InputError(f"{name}, line {line}: not valid YAML: a character that it does not allow.") from error
+    except RecursionError as error:
+        raise InputError(f"{name}: not valid YAML: it is nested without end.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}, line {mark.line + 1}" if mark else name
+        raise InputError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}.") from error
+
+
 def parse_value(text: str, where: str) -> Any:
     """The value of a `key=value` of the command line, read as a recipe reads it; `where` is what an error calls it."""
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{where}: the value is not valid YAML.") from error
 
 
@@ -178,7 +201,7 @@ def _places(node: yaml.Node, name: str) -> dict[tuple[str, ...], str]:
     def note(key: yaml.Node, *section: str) -> tuple[str, ...]:
         where, path = f"{name}, line {key.start_mark.line + 1}", (*section, str(key.value))
         if key.tag != "tag:yaml.org,2002:str":
-            raise InputError(f"{where}: unknown key {key.value!r}.")
+            raise InputError(f"{where}: unknown key {shown(key.value)}.")
         if path in places:
             raise InputError(f"{where}: {'.'.join(path)} is given twice.")
         places[path] = where
@@ -208,7 +231,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
     sections = ("model", "data", "training", "evaluation")
     for section, content in document.items():
         if section not in sections:
-            raise InputError(f"{places[(section,)]}: unknown key {section!r}{_hint(section, sections)}.")
+            raise InputError(f"{places[(section,)]}: unknown key {shown(section)}{_hint(section, sections)}.")
         if not isinstance(content, dict):
             raise InputError(f"{places[(section,)]}: {section} must be a mapping of keys to values.")
     for section in sections[:3]:
@@ -230,13 +253,17 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
     if data.streaming and document["training"].get("max_steps", -1) < 1:
         raise InputError(f"{places[('training',)]}: streamed text has no known length: give training.max_steps.")
     recipe = Recipe(family, model, data, dict(document["training"]), evaluation, document)
-    with _located("model", model, places):
-        config = recipe.model_config(vocab_size=1)
-        if getattr(config, "max_position_embeddings", data.length) < data.length:
-            raise ValueError(f"max_position_embeddings must be at least data.length, {data.length}")
     with _located("training", recipe.training, places):
         arguments = recipe.training_arguments(Path("unused"))
         get_reporting_integration_callbacks(arguments.report_to)
+    with _located("model", model, places):
+        config = recipe.model_config(vocab_size=SMALLEST_VOCABULARY)
+        if getattr(config, "max_position_embeddings", data.length) < data.length:
+            raise ValueError(f"max_position_embeddings must be at least data.length, {data.length}")
+    try:
+        check_memory(recipe.family, config)
+    except InputError as error:
+        raise InputError(f"{places[('model',)]}: {error}.") from error
     return recipe
 
 
@@ -253,7 +280,8 @@ def _section(kind: Any, section: str, content: Mapping[str, Any], places: Mappin
 
 
 def _check_training(training: Mapping[str, Any], places: Mapping[tuple[str, ...], str]) -> None:
-    known = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    kinds = get_type_hints(TrainingArguments)
     for key, value in training.items():
         where = places[("training", key)]
         if key in _OURS:
@@ -262,22 +290,48 @@ def _check_training(training: Mapping[str, Any], places: Mapping[tuple[str, ...]
             raise InputError(f"{where}: unknown key training.{key}{_hint(key, known)}.")
         if key in _WITHOUT_EFFECT and value:
             raise InputError(f"{where}: training.{key} is not supported yet: leave it out.")
-        kind = known[key].type
+        if not _fits(value, kinds[key]):
+            raise InputError(f"{where}: training.{key} must be {_named(kinds[key])}, not {shown(value)}.")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        whole = number and isinstance(value, int)
-        if kind is bool and not isinstance(value, bool):
-            raise InputError(f"{where}: training.{key} must be true or false, not {value!r}.")
-        if kind is int and not whole:
-            raise InputError(f"{where}: training.{key} must be a whole number, not {value!r}.")
-        if kind is float and not number:
-            raise InputError(f"{where}: training.{key} must be a number, not {value!r}.")
         unlimited = key == "max_steps" and value == -1
         if number and not (0 <= value < math.inf or unlimited):
-            raise InputError(f"{where}: training.{key} must not be negative or NaN or infinite, but is {value}.")
+            raise InputError(f"{where}: training.{key} must not be negative or NaN or infinite, but is {shown(value)}.")
         if key in _AT_LEAST_ONE and not (value >= 1 or unlimited):
             raise InputError(f"{where}: training.{key} must be at least 1, not {value}.")
-        if key == "seed" and value >= 2**32:
-            raise InputError(f"{where}: training.seed must be less than 2**32, not {value}.")
+        if "seed" in key and number and value >= 2**32:
+            raise InputError(f"{where}: training.{key} must be less than 2**32, not {shown(value)}.")
+        if key == "dataloader_num_workers" and value > _WORKERS_PER_CORE * (os.cpu_count() or 1):
+            raise InputError(f"{where}: training.{key} is {value}, which is too many for {os.cpu_count()} cores.")
+        if key == "optim_args" and value and not all(part.count("=") == 1 for part in value.split(",")):
+            raise InputError(f"{where}: training.{key} must be of the form name=value,name=value, not {shown(value)}.")
+        if number and value > (_LARGEST_COUNT if isinstance(value, int) else _LARGEST_NUMBER):
+            raise InputError(f"{where}: training.{key} is {shown(value)}, which cannot be meant: give less.")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of YAML is of an annotated type; of an enumeration the constructor knows the words."""
+    options = get_args(kind) if isinstance(kind, UnionType) or get_origin(kind) is Union else (kind,)
+    types = {get_origin(option) or option for option in options}
+    if isinstance(value, bool):
+        return bool in types
+    if isinstance(value, list):
+        return list in types and all(isinstance(one, str) for one in value)
+    return isinstance(value, tuple(kind for kind in types if isinstance(kind, type))) or (
+        isinstance(value, int) and float in types
+    )
+
+
+def _named(kind: Any) -> str:
+    options = get_args(kind) or (kind,)
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a word",
+        dict: "a mapping",
+        type(None): "null",
+    }
+    return " or ".join(words[option] for option in words if option in {get_origin(one) or one for one in options})
 
 
 class _located:

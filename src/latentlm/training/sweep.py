@@ -29,6 +29,7 @@ import statistics
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, fields
 from multiprocessing import active_children, get_context, parent_process
 from multiprocessing.connection import wait
@@ -49,9 +50,10 @@ from latentlm.evaluation.studies import FIGURES
 from latentlm.files import write_whole
 from latentlm.loading import load
 from latentlm.training import run as training_run
-from latentlm.training.recipe import Loader, load_recipe
+from latentlm.training.recipe import load_recipe, read_yaml, unreadable
 
 SCORES_FILE = "scores.json"
+_JOBS_PER_CORE = 4
 
 
 @strict
@@ -185,14 +187,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise InputError("seeds stand under seeds in the sweep, not in an override of training.seed.")
     try:
         text = path.read_text(encoding="utf-8")
-        _check_keys(yaml.compose(text, Loader), str(path))
-        document = yaml.load(text, Loader)
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"sweep {path} cannot be read: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise InputError(f"{path}: not valid YAML: {one_sentence(error)}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"sweep {path} cannot be read: {unreadable(error)}.") from error
+    node, document = read_yaml(text, str(path))
+    try:
+        _check_keys(node, str(path))
     except RecursionError as error:
         raise InputError(f"{path}: not valid YAML: it holds itself, or is nested without end.") from error
     if not isinstance(document, dict) or not isinstance(document.get("studies"), dict) or not document["studies"]:
@@ -287,8 +286,11 @@ def run_sweep(
         threads: of each; by default the cores are divided among the jobs.
         on_failure: told of a run that failed; the others go on, and the trials of that one are left out.
     """
+    cores = os.cpu_count() or 1
+    if jobs > _JOBS_PER_CORE * cores:
+        raise InputError(f"{jobs} jobs are too many for {cores} cores: give at most {_JOBS_PER_CORE * cores}.")
     output.mkdir(parents=True, exist_ok=True)
-    threads = threads or max((os.cpu_count() or 1) // jobs, 1)
+    threads = threads or max(cores // jobs, 1)
     scores = {run: _scores(output / run.folder) for run in sweep.runs}
     wanted: dict[Run, dict[str, Trial]] = {}
     for trial in sweep.trials:
@@ -310,7 +312,9 @@ def run_sweep(
                 future.result()
             except Exception as error:
                 first = next(iter(wanted[run].values()))
-                on_failure(f"study {first.study!r}, run {first.name!r}, seed {first.seed}: {one_sentence(error)}")
+                killed = "its process was killed, perhaps for lack of memory: give fewer --jobs"
+                reason = killed if isinstance(error, BrokenProcessPool) else one_sentence(error)
+                on_failure(f"study {first.study!r}, run {first.name!r}, seed {first.seed}: {reason}")
             scores[run] = _scores(output / run.folder)
             done += 1
             on_progress(done, total)

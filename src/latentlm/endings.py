@@ -1,0 +1,43 @@
+"""How the command ends: what exceptions become on stderr, and with which status."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from latentlm.errors import OUT_OF_MEMORY, InputError, out_of_memory
+from latentlm.files import reason_of
+
+_MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141  # as a shell numbers what SIGINT and SIGPIPE end
+
+
+@contextmanager
+def told_in_one_sentence(debug: bool) -> Iterator[None]:
+    """Ends the process where its body fails by something the user can mend; defects keep their traceback."""
+    try:
+        yield
+    except typer.exceptions.TyperException as error:
+        _end(error.format_message(), debug)
+    except BrokenPipeError:
+        # latentlm … | head: who reads has had enough; Python's own flush at the end would complain once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_BROKEN_PIPE)
+    except InputError as error:
+        _end(str(error), debug)
+    except OSError as error:
+        _end(f"{error.filename or 'a file'} cannot be used: {reason_of(error)}.", debug)
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(_INTERRUPTED)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        _end(OUT_OF_MEMORY, debug)
+
+
+def _end(message: str, debug: bool) -> None:
+    if debug:
+        raise
+    print(f"latentlm: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(_MISTAKE)
