@@ -124,7 +124,7 @@ class Rows(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index):
-        return {"input_ids": self.rows[index], "num_bytes": len(self.rows[index]) - 1}
+        return {"input_ids": self.rows[index], "num_bytes": len(self.rows[index]) - 1, "index": index}
 
 
 def prior_latents(model: LatentLM, input_ids: Tensor, *samples: int, seed: int = 0) -> Tensor:

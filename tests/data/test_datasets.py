@@ -192,14 +192,15 @@ def test_sentences_keep_factors_aligned(tokenizer):
 
 def test_collate(tokenizer):
     items = [
-        {"input_ids": torch.tensor([9, 1, 9]), "num_bytes": 2},
-        {"input_ids": torch.tensor([9, 5]), "num_bytes": 1},
+        {"input_ids": torch.tensor([9, 1, 9]), "num_bytes": 2, "index": 7},
+        {"input_ids": torch.tensor([9, 5]), "num_bytes": 1, "index": 0},
     ]
     expected = {
         "input_ids": [[9, 1, 9], [9, 5, 9]],
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "labels": [[-100, 1, 9], [-100, 5, -100]],  # EOS is scored, although it is the padding token
         "num_bytes": [2, 1],
+        "index": [7, 0],
     }
     for batch in (collate(items, 9), pickle.loads(pickle.dumps(Collator(9)))(items)):
         assert {name: value.tolist() for name, value in batch.items()} == expected
@@ -209,6 +210,7 @@ def test_collate(tokenizer):
     batches = list(loader)
     assert sum(int((batch["labels"] != -100).sum()) for batch in batches) == data.num_tokens
     assert sum(int(batch["num_bytes"].sum()) for batch in batches) == data.num_bytes
+    assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(len(data)))
 
 
 def test_text_batch(tokenizer):
