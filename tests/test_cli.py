@@ -147,6 +147,8 @@ MISTAKES = [
     ("train small.yaml training.max_steps=many", "number"),
     ("train small.yaml data.source=empty.txt", "empty.txt holds no text"),
     ("train small.yaml data.source=nothing.txt", "nothing.txt does not exist"),
+    ("train small.yaml data.cache=tokens", "name a source under validation"),
+    ("train small.yaml data.cache=texts.txt data.validation=texts.txt", "texts.txt cannot hold a token store"),
     ("train small.yaml --resume", "no checkpoint"),
     ("train small.yaml --resume --output llama", "no checkpoint"),
     ("quickstart --data nothing.txt", "nothing.txt does not exist"),
@@ -291,6 +293,19 @@ def test_overrides_are_saved_with_the_recipe_that_was_trained(latentlm, working_
     assert latentlm("train", "mine/recipe.yaml", "--output", "again")[0] == 0
     one, again = (json.loads((working_folder / name / "history.json").read_text()) for name in ("mine", "again"))
     assert [entry.get("loss") for entry in one] == [entry.get("loss") for entry in again]
+
+
+def test_train_keeps_tokens_in_a_folder(latentlm, working_folder):
+    options = ["data.validation=texts.txt", "data.cache=tokens", "training.max_steps=2"]
+    for name in ("one", "again"):
+        status, out, err = latentlm("train", "small.yaml", *options, "--output", name)
+        assert (status, err) == (0, "")
+    one, again = (json.loads((working_folder / name / "history.json").read_text()) for name in ("one", "again"))
+    assert [entry.get("loss") for entry in one] == [entry.get("loss") for entry in again]
+    assert (working_folder / "tokens" / "tokens.bin").stat().st_size > 0
+    status, _, err = latentlm("train", "small.yaml", *options, "data.limit=100", "--output", "other")
+    assert status == 2
+    assert err == "latentlm: tokens holds the tokens of something else (limit): give another folder, or delete it.\n"
 
 
 def test_resume_goes_on_from_the_newest_checkpoint(latentlm, working_folder):

@@ -1,5 +1,6 @@
 """From the `data` section of a recipe to sequences and a tokenizer."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
@@ -149,7 +150,7 @@ def _cached_corpus(data: DataRecipe, folder: str, on_stage: Callable[[str], None
     def documents() -> Iterator[Document]:
         return read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
 
-    said = time.monotonic()
+    said = -math.inf
 
     def on_progress(documents: int, tokens: int) -> None:
         nonlocal said
