@@ -52,7 +52,7 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         with _whole_file(path) as file:
             yield file
     except OSError as error:
-        if error.errno is None or not str(error.filename or path.parent).startswith(str(path.parent)):
+        if error.errno is None or not Path(error.filename or path).name.startswith((path.name, f".{path.name}-")):
             raise  # not of this file
         raise InputError(f"{path} cannot be written: {reason_of(error)}.") from error
 
