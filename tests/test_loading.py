@@ -190,7 +190,7 @@ def test_weights_of_another_model(unchecked_folder, change):
 def test_weights_that_are_not_as_they_were_saved(folder, tamper):
     weights = folder / "model.safetensors"
     weights.write_bytes(tamper(weights.read_bytes()))
-    assert "model.safetensors is not as it was written" in complaint(folder)
+    assert "model.safetensors has changed since it was written" in complaint(folder)
 
 
 def test_weights_that_are_gone(folder):

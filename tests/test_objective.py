@@ -175,7 +175,7 @@ def test_gradients_by_finite_differences():
     "likelihood, kl", [(math.nan, 1.0), (-1.0, math.nan), (-math.inf, -math.inf), (math.inf, math.inf)]
 )
 def test_an_elbo_that_is_no_number_is_an_error(likelihood, kl):
-    with pytest.raises(DivergedError, match=r"the ELBO is not a number \(rows 1 of"):
+    with pytest.raises(DivergedError, match=r"the ELBO is not a number in rows 1 of"):
         elbo(torch.tensor([-1.0, likelihood]), torch.tensor([1.0, kl]))
 
 
@@ -185,7 +185,7 @@ def test_an_elbo_that_is_no_number_is_an_error(likelihood, kl):
 )
 def test_an_importance_weighted_bound_that_is_no_number_is_an_error(likelihood, prior, posterior):
     parts = [torch.tensor([[-1.0, 0.0], [-1.0, value]]) for value in (likelihood, prior, posterior)]
-    with pytest.raises(DivergedError, match=r"importance-weighted bound is not a number \(rows 1 of"):
+    with pytest.raises(DivergedError, match=r"importance-weighted bound is not a number in rows 1 of"):
         importance_weighted_bound(*parts)
 
 

@@ -10,7 +10,7 @@ import typer
 from latentlm.errors import OUT_OF_MEMORY, InputError, out_of_memory
 from latentlm.files import reason_of
 
-_MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141  # as a shell numbers what SIGINT and SIGPIPE end
+_MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 1  # 130 as a shell numbers SIGINT, 1 as typer does for its own writes
 
 
 @contextmanager

@@ -12,7 +12,20 @@ class InputError(ValueError):
 
 
 class DivergedError(InputError):
-    """A number that must be finite is not: a loss, a bound, a posterior. Nothing that was saved is at fault."""
+    """A number that must be finite is not: a loss, a bound, a posterior. Nothing that was saved is at fault.
+
+    Args:
+        what: which number, without an end of the sentence.
+        advice: the rest of the sentence.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        advice: str = "the model or its inference has diverged; lower the learning rate or the rate of inference",
+    ):
+        super().__init__(f"{what}: {advice}.")
+        self.what = what
 
 
 def shown(value: object) -> str:

@@ -59,7 +59,7 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         with _whole_file(path) as file:
             yield file
     except OSError as error:
-        if error.errno is None or not str(error.filename or path.parent).startswith(str(path.parent)):
+        if error.errno is None or not Path(error.filename or path).name.startswith((path.name, f".{path.name}-")):
             raise  # not of this file
         raise InputError(f"{path} cannot be written: {reason_of(error)}.") from error
 
@@ -141,8 +141,8 @@ def write_checksums(folder: str | Path, pattern: str = "*") -> None:
     write_whole(folder / CHECKSUMS_FILE, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
 
 
-def damage(folder: str | Path, pattern: str = "*") -> str | None:
-    """What is wrong with a folder by its SHA256SUMS, of the files that match a pattern; None if nothing is.
+def damage(folder: str | Path, *patterns: str) -> str | None:
+    """What is wrong with a folder by its SHA256SUMS, of the files that match a pattern (or of all); None if nothing is.
 
     Files that are not listed there are not looked at.
     """
@@ -158,12 +158,12 @@ def damage(folder: str | Path, pattern: str = "*") -> str | None:
         return f"its {CHECKSUMS_FILE} cannot be read"
     for name, digest in listed.items():
         path = folder / name
-        if not path.match(pattern):
+        if patterns and not any(path.match(pattern) for pattern in patterns):
             continue
         if not path.is_file():
             return f"{name} is missing"
         if _sha256(path) != digest:
-            return f"{name} is not as it was written"
+            return f"{name} has changed since it was written"
     return None
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from latentlm.data import load_tokenizer
 from latentlm.errors import InputError, one_sentence
 from latentlm.families import FAMILIES
-from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, saving, sync_folder
+from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, saving, sync_folder, write_checksums
 from latentlm.latent_lm import WEIGHTS, LatentLM
 
 
@@ -35,9 +35,9 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and the tokenizer that were saved together in a folder (or under a hub name).
 
     Raises:
-        InputError: the folder is missing, is no model of a family of this library, lacks weights, its weights are not
-            those that were saved (by its SHA256SUMS, where it has them) or not finite, or its tokenizer has more tokens
-            than the model's vocabulary.
+        InputError: the folder is missing, is no model of a family of this library, lacks weights, its weights or
+            tokenizer are not those that were saved (by its SHA256SUMS, where it has them), weights are not finite, or the
+            tokenizer has more tokens than the model's vocabulary.
     """
     folder = Path(path)
     # a hub name is OWNER/NAME; asking the hub for a misspelt folder would take a minute to fail
@@ -94,6 +94,7 @@ def save(
             with no_progress_bars():
                 model.save_pretrained(staging, state_dict=state_dict)
             tokenizer.save_pretrained(staging)
+            write_checksums(staging)
             if not folder.exists():
                 publish_folder(staging, folder)
                 return
@@ -114,10 +115,10 @@ def _check_folder(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder} has no readable config.json with a model_type: it is no saved model.") from error
     known = {family.config_class.model_type: name for name, family in FAMILIES.items()}
-    if (folder / CHECKSUMS_FILE).exists() and (fault := damage(folder, WEIGHTS)):
+    if (folder / CHECKSUMS_FILE).exists() and (fault := damage(folder, WEIGHTS, "tokenizer.json")):
         raise InputError(
             f"{folder} is no whole model ({fault}): train on with --resume, take a checkpoint in it, or delete its "
-            f"{CHECKSUMS_FILE} if you changed the weights yourself."
+            f"{CHECKSUMS_FILE} if you changed them yourself."
         )
     if model_type not in known:
         raise InputError(f"{folder} holds a model of type {model_type!r}; latentlm knows {', '.join(known)}.")

@@ -53,7 +53,8 @@ def _no_nan(bound: Tensor, name: str) -> Tensor:
     # a compiled step is looked at by whoever takes its loss: a question to the data would cut the graph
     if not torch.compiler.is_compiling() and bool(torch.isnan(bound).any()):
         rows = torch.isnan(bound).nonzero().flatten().tolist()
-        raise DivergedError(f"{name} is not a number (rows {', '.join(map(str, rows[:8]))} of the batch).")
+        shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+        raise DivergedError(f"{name} is not a number in rows {shown} of the batch")
     return bound
 
 

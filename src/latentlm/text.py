@@ -70,6 +70,8 @@ def read_latents(path: str | Path) -> Float[Tensor, "rows *event"]:
         raise InputError(f"{path} does not exist or is no file: give a file that latentlm encode wrote.")
     try:
         mean = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
     except Exception as error:  # every kind of damage raises its own kind of exception
         reason = one_sentence(error)
         raise InputError(
@@ -89,8 +91,9 @@ def read_latents(path: str | Path) -> Float[Tensor, "rows *event"]:
 
 
 def _read_npz(path: Path) -> np.ndarray:
-    if not zipfile.is_zipfile(path):
-        raise ValueError("it is no .npz file")
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("it is no .npz file")
     with np.load(path, allow_pickle=False) as arrays:
         if "mean" not in arrays:
             raise ValueError("there is no array 'mean'")

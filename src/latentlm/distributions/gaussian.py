@@ -19,10 +19,7 @@ def diagonal_gaussian(mean: Float[Tensor, "batch *event"], log_variance: Float[T
     try:
         return Independent(Normal(mean.float(), (0.5 * log_variance.float()).exp()), mean.dim() - 1)
     except ValueError as error:
-        raise DivergedError(
-            "the latents' mean or variance is no longer a finite number: the model or its inference has diverged; "
-            "lower the learning rate or the rate of inference."
-        ) from error
+        raise DivergedError("the latents' mean or variance is no longer a finite number") from error
 
 
 def standard_normal(batch_size: int, event_shape: tuple[int, ...], device: torch.device | str = "cpu") -> Independent:

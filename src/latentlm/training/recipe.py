@@ -157,7 +157,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def unreadable(error: OSError | UnicodeDecodeError) -> str:
     """Why a YAML file could not be read, and what to do."""
-    return f"{error.strerror}: check its path" if isinstance(error, OSError) else "it is not UTF-8 text: convert it"
+    return (
+        f"{error.strerror}: check its path and permissions"
+        if isinstance(error, OSError)
+        else "it is not UTF-8 text: convert it"
+    )
 
 
 def parse_recipe(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -216,15 +220,17 @@ def _places(node: yaml.Node, name: str) -> dict[tuple[str, ...], str]:
 
 
 def _apply(document: dict[str, Any], override: str, places: dict[tuple[str, ...], str]) -> None:
+    where = f"override {shown(override)}"
     path, separator, text = override.partition("=")
     section, dot, key = path.partition(".")
     if not separator or not dot or not key:
-        raise InputError(f"override {override!r} is not of the form section.key=value, as in training.max_steps=100.")
-    value = parse_value(text, f"override {override!r}")
+        raise InputError(f"{where} is not of the form section.key=value, as in training.max_steps=100.")
+    value = parse_value(text, where)
     if not isinstance(document.setdefault(section, {}), dict):
         raise InputError(f"{places[(section,)]}: {section} must be a mapping of keys to values.")
     document[section][key] = value
-    places[(section, key)] = places.setdefault((section,), f"override {override!r}") and f"override {override!r}"
+    places[(section, key)] = where
+    places.setdefault((section,), where)
 
 
 def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: str) -> Recipe:

@@ -10,8 +10,9 @@ import yaml
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 
-from latentlm.data import Collator
+from latentlm.data import Collator, load_tokenizer
 from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus
+from latentlm.data.tokenizers import tokenizer_fingerprint
 from latentlm.errors import InputError
 from latentlm.files import damage, saving, write_whole
 from latentlm.latent_lm import WEIGHTS, LatentLM
@@ -129,6 +130,13 @@ def train(
     if corpus is None:
         on_stage("reading and tokenising the data")
         corpus = load_corpus(recipe.data, seed, on_stage)
+    if start.checkpoint is not None and tokenizer_fingerprint(corpus.tokenizer) != tokenizer_fingerprint(
+        load_tokenizer(start.checkpoint)
+    ):
+        raise InputError(
+            f"the tokenizer of the data is not that of {start.checkpoint}: "
+            "resume with the data and the tokenizer that it began with."
+        )
     document = yaml.safe_dump(dict(recipe.document), sort_keys=False)
     if start.finished:
         if start.checkpoint is None:

@@ -93,7 +93,7 @@ class LatentTrainer(Trainer):
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except DivergedError as error:
-            raise self._diverged(str(error).rstrip(".")) from error
+            raise self._diverged(error.what) from error
         if not bool(torch.isfinite(loss)):
             raise self._diverged(f"the loss is {float(loss)}")
         return loss
@@ -117,7 +117,7 @@ class LatentTrainer(Trainer):
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
         again = "go on with --resume" if last else "start again"
         return DivergedError(
-            f"training diverged at step {step}: {what}; {kept}; lower training.learning_rate and {again}."
+            f"training diverged at step {step}: {what}", f"{kept}; lower training.learning_rate and {again}"
         )
 
     def check_weights(self) -> None:

@@ -1,0 +1,129 @@
+"""Of recipes, sweeps, numbers and options that do not go together."""
+
+from tests.invariants.mistakes import Row, write
+
+DIVERGING = "training.learning_rate=1e30"
+
+RECIPES_TABLE = [
+    # ---- recipes
+    Row(
+        "misspelt key: recipe", "train small.yaml training.max_step=3", r"unknown key training.max_step \(did you mean"
+    ),
+    Row(
+        "misspelt key: section",
+        "train small.yaml traning.max_steps=3",
+        r"unknown key 'traning' \(did you mean training",
+    ),
+    Row(
+        "misspelt key: model",
+        "train small.yaml model.hiden_size=3",
+        r"no field of the family \(did you mean hidden_size",
+    ),
+    Row("misspelt key: data", "train small.yaml data.lenght=3", r"unknown key data.lenght \(did you mean length\?\)"),
+    Row("misspelt key: of a sweep", "sweep sweep.yaml model.betta=1", "did you mean beta"),
+    Row(
+        "recipe: override without value", "train small.yaml training.max_steps", "not of the form section.key=value, as"
+    ),
+    Row("recipe: no number", "train small.yaml training.max_steps=many", "must be a whole number, not 'many'"),
+    Row("recipe: ours", "train small.yaml training.output_dir=x", "set by latentlm itself: leave it out"),
+    Row("recipe: not supported", "train small.yaml training.push_to_hub=true", "not supported yet: leave it out"),
+    Row("recipe: no YAML", "train a.yaml", "a.yaml, line 2: not valid YAML", write("a.yaml", "model:\n\t- x\n")),
+    Row("recipe: nested", "train a.yaml", "a.yaml: not valid YAML: it is nested", write("a.yaml", "a: " + "[" * 5000)),
+    Row(
+        "recipe: no date",
+        "train a.yaml",
+        "a.yaml, line 1: not valid YAML: '2026-99-99' is no .*, put it in quotes",
+        write("a.yaml", "model: 2026-99-99"),
+    ),
+    Row("recipe: no date in an override", "train small.yaml model.inference_lr=2020-13-45", "not valid YAML"),
+    Row("recipe: twice", "train a.yaml", "line 2: model is given twice", write("a.yaml", "model: {}\nmodel: {}\n")),
+    Row("recipe: no mapping", "train texts.txt", "texts.txt"),
+    Row("recipe: optimiser", "train small.yaml training.optim=best", "training.optim: .*best"),
+    Row("recipe: options of the optimiser", "train small.yaml training.optim_args=x", "must be of the form name=value"),
+    # ---- sweeps
+    Row("sweep: a recipe", "sweep small.yaml", "a sweep is a mapping with the key studies"),
+    Row("sweep: texts", "sweep texts.txt", "a sweep is a mapping"),
+    Row("sweep: override", "sweep sweep.yaml model.beta", "not of the form section.key=value, as"),
+    Row("sweep: nested", "sweep a.yaml", "a.yaml: not valid YAML: it is nested", write("a.yaml", "a: " + "[" * 5000)),
+    Row(
+        "sweep: no recipe",
+        "sweep a.yaml",
+        "no.yaml cannot be read: .*: check its path",
+        write("a.yaml", "recipe: no.yaml\nstudies: {a: {runs: {b: {}}}}"),
+    ),
+    Row("sweep: jobs", "sweep sweep.yaml --jobs 99999999999", "jobs are too many for .* cores: give at most"),
+    # ---- numbers
+    *(
+        Row(f"number: {setting[:60]}", f"train small.yaml {setting}", says)
+        for setting, says in (
+            (f"model.latents_per_layer={10**11}", "latents_per_layer must be at most"),
+            ("model.hidden_size=1048576", "needs at least .* GiB of memory .*: make hidden_size"),
+            (f"model.hidden_size={10**30}", "hidden_size must be at most"),
+            ("model.num_hidden_layers=1000000", "num_hidden_layers must be at most"),
+            (f"model.inference_steps={10**24}", "inference_steps must be at most"),
+            ("model.inference_steps=-1", "inference_steps must be at least 0"),
+            ("model.latents_per_layer=-2", "latents_per_layer must be at least 1"),
+            ("model.beta=1e300", "beta must be at most"),
+            ("data.length=-1", "length must be at least 1"),
+            (f"data.length={10**12}", "length must be .* at most"),
+            (f"data.vocab_size={10**12}", "vocab_size must be at most"),
+            ("data.limit=-3", "limit must be at least 1"),
+            ("training.max_steps=-5", "must not be negative"),
+            ("training.per_device_train_batch_size=0", "must be at least 1"),
+            (f"training.per_device_train_batch_size={10**12}", "cannot be meant: give less"),
+            ("training.dataloader_num_workers=99999", "too many for .* cores"),
+            ("training.seed=-1", "must not be negative"),
+            ("training.seed=5000000000", r"must be less than 2\*\*32"),
+            (f"training.max_steps={10**400}", "must not be negative or NaN or infinite|cannot be meant: give less"),
+            ("evaluation.iw_samples=-2", "iw_samples must be at least 1"),
+        )
+    ),
+    Row("number: seed", f"evaluate model --seed {10**30}", "--seed must fit in 64 bits: give a smaller"),
+    Row("number: seed of generate", "generate model --seed 99999999999999999999", "--seed must fit in 64 bits: give"),
+    Row(
+        "number: seed of encode", f"encode model --text a --output x.npz --seed -{10**30}", "--seed must fit in 64 bits"
+    ),
+    Row("number: seed of quickstart", "quickstart --seed -1", "seed must not be negative"),
+    Row("number: threads", f"--threads {10**30} evaluate model", "--threads.* less than or equal"),
+    Row("number: texts", f"generate model -n {10**14}", "--number.* less than or equal"),
+    Row("number: beams", f"generate model --beams {10**12} --prompt a", "beams|does not fit in memory: take a smaller"),
+    Row("number: samples", f"evaluate model --iw-samples {10**15}", "--iw-samples.* less than or equal"),
+    Row("number: limit", "evaluate model --data texts.txt --limit 0", "limit.* greater than or equal"),
+    Row("number: --set", "evaluate model --set inference_steps=-1", "inference_steps must be at least 0"),
+    Row("number: --set of a word", "evaluate model --set inference_steps=many", "inference_steps"),
+    Row("number: every", "generate model --reinfer-every 0", "--reinfer-every.* greater than or equal"),
+    # ---- training that diverges
+    Row(
+        "not finite: loss",
+        f"train small.yaml --output run {DIVERGING}",
+        "finite number.*: lower|diverged.*; lower",
+        leaves=True,
+    ),
+    Row(
+        "not finite: loss of a control",
+        f"train control.yaml --output run {DIVERGING}",
+        "diverged.* step [0-9].*lower",
+        lambda folder: (folder / "control.yaml").write_text(
+            (folder / "control" / "recipe.yaml").read_text().replace("max_steps: 3", "max_steps: 9")
+        ),
+        leaves=True,
+    ),
+    Row("not finite: rate", "train small.yaml training.learning_rate=.nan", "must not be negative or NaN or infinite"),
+    Row("not finite: temperature", "generate model --temperature nan", "--temperature must be at least .*--greedy"),
+    # ---- options that do not go together
+    Row(
+        "options: text twice", "encode model --text a --data texts.txt --output x.npz", "either by --text or by --data"
+    ),
+    Row("options: no text", "encode model --output x.npz", "either by --text or by --data"),
+    Row("options: protocol", "evaluate model --protocol fancy", "protocol must be honest or paper"),
+    Row("options: reinfer", "evaluate model --reinfer-every 4", "give prompt_tokens, too"),
+    Row(
+        "options: reinfer with beams",
+        "generate model --reinfer-every 2 --beams 2 --max-new-tokens 4",
+        "neither with beams",
+    ),
+    Row("options: beams", "generate model -n 3 --beams 2", "--beams 2 gives at most 2 texts"),
+    Row(
+        "options: sample by", "evaluate model --data texts.txt --sample-by page", "'page' is unknown: give one of line"
+    ),
+]
