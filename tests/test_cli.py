@@ -128,7 +128,9 @@ def test_ctrl_c_ends_without_a_traceback(latentlm, monkeypatch):
 def test_a_real_ctrl_c_ends_a_real_run(working_folder):
     """A process of its own: training is stopped at its first steps, leaves a checkpoint, and goes on from it."""
     steps = ["training.max_steps=500", "training.save_strategy=steps", "training.save_steps=10"]
-    command = [sys.executable, "-c", "from latentlm.cli import main; main()", "train", "small.yaml", *steps]
+    # tests that a script started in the background ignore SIGINT, and so would the process that they start
+    heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{heed}; from latentlm.cli import main; main()", "train", "small.yaml", *steps]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
