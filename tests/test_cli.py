@@ -173,7 +173,7 @@ def test_overrides_are_saved_with_the_recipe_that_was_trained(latentlm, working_
 def test_train_keeps_tokens_in_a_folder(latentlm, working_folder):
     options = ["data.validation=texts.txt", "data.cache=tokens", "training.max_steps=2"]
     for name in ("one", "again"):
-        status, out, err = latentlm("train", "small.yaml", *options, "--output", name)
+        status, _, err = latentlm("train", "small.yaml", *options, "--output", name)
         assert (status, err) == (0, "")
     one, again = (json.loads((working_folder / name / "history.json").read_text()) for name in ("one", "again"))
     assert [entry.get("loss") for entry in one] == [entry.get("loss") for entry in again]
