@@ -235,9 +235,9 @@ def test_the_tokenizer_is_missing(folder):
     assert "tokenizer" in complaint(folder)
 
 
-def test_the_tokenizer_has_more_tokens_than_the_model(folder):
-    train_tokenizer([f"number {n} of many" for n in range(1000)], 400).save_pretrained(folder)
-    message = complaint(folder)
+def test_the_tokenizer_has_more_tokens_than_the_model(unchecked_folder):
+    train_tokenizer([f"number {n} of many" for n in range(1000)], 400).save_pretrained(unchecked_folder)
+    message = complaint(unchecked_folder)
     assert "do not belong together" in message
     assert "300" in message
 

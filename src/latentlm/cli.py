@@ -190,7 +190,7 @@ def sweep(
         plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items()}
         study_plots(plots, folder / "studies.png")
     if failures:
-        raise InputError(f"{len(failures)} of {len(checked.runs)} runs failed: {'; '.join(failures)}")
+        raise InputError(f"{len(failures)} of {len(checked.runs)} runs failed; the first: {failures[0]}")
     console.print(
         f"left in {folder}: studies.md, studies.png, and a folder for each model", highlight=False, soft_wrap=True
     )

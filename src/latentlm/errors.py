@@ -52,13 +52,14 @@ def one_sentence(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = re.sub(r"(Class validation error for validator '\w+'|Validation error for field '(\w+)'):?\s*", r"\2 ", text)
     text = re.sub(r"\s*\b(TypeError|ValueError): *", " ", text).strip()
-    text = re.sub(r"\b(\w+) +Field '\1' expected", r"\1: expected", text)
+    text = re.sub(_OTHER_TYPE, lambda found: f"{found[1]} must be {_types(repr(found[2]))}, not {found[3]}", text)
     text = re.sub(_NO_TYPE_FITS, lambda found: f"{found[1]} must be {_types(found[3])}, not {found[2]}", text)
     return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "…"
 
 
 OUT_OF_MEMORY = "this does not fit in memory: take a smaller model, shorter texts or a smaller batch size."
 _LONGEST_VALUE, _LONGEST_REASON = 60, 200
+_OTHER_TYPE = r"\b(\w+) +Field '\1' expected (\w+), got \w+ \(value: (.+?)\)(?=$|\.)"
 _NO_TYPE_FITS = r"(?:\w+ +)?Field '(\w+)' with value (.+?) doesn't match any type in \((.*?),?\)\. Errors:.*"
 
 

@@ -36,8 +36,8 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
 
     Raises:
         InputError: the folder is missing, is no model of a family of this library, lacks weights, its weights or
-            tokenizer are not those that were saved (by its SHA256SUMS, where it has them), weights are not finite, or the
-            tokenizer has more tokens than the model's vocabulary.
+            tokenizer are not those that were saved (by its SHA256SUMS, where it has them), weights are not finite, or
+            the tokenizer has more tokens than the model's vocabulary.
     """
     folder = Path(path)
     # a hub name is OWNER/NAME; asking the hub for a misspelt folder would take a minute to fail
@@ -51,8 +51,8 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     except InputError as error:
         raise InputError(f"{path} cannot be loaded as a model: {error}") from error
     except Exception as error:  # every kind of damage raises its own kind of exception
-        reason = one_sentence(error)
-        raise InputError(f"{path} cannot be loaded as a model: {reason}") from error
+        reason = one_sentence(error).rstrip(".")
+        raise InputError(f"{path} cannot be loaded as a model ({reason}): copy it or save it again.") from error
     if not isinstance(model, LatentLM):
         raise InputError(f"{path} holds a {type(model).__name__}, which is no family of latentlm.")
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
@@ -112,7 +112,7 @@ def _check_folder(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} has no readable config.json with a model_type: it is no saved model.") from error
     known = {family.config_class.model_type: name for name, family in FAMILIES.items()}
     if (folder / CHECKSUMS_FILE).exists() and (fault := damage(folder, WEIGHTS, "tokenizer.json")):

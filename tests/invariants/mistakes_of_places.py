@@ -19,7 +19,7 @@ PLACES_TABLE = [
     Row("place: sweep --json", "sweep sweep.yaml --json missing/x.json", "missing does not exist"),
     Row("place: kind of latents", "encode model --text a --output x.csv", "written as .npz or .parquet"),
     Row("place: encode", "encode model --text a --output missing/x.npz", "missing does not exist"),
-    Row("place: train", "train small.yaml --output texts.txt", "texts.txt cannot be used: .*: check the path"),
+    Row("place: train", "train small.yaml --output texts.txt", "texts.txt is a file: name a folder"),
     Row("place: sweep", "sweep sweep.yaml --output texts.txt", "texts.txt cannot be used: .*: check the path"),
     Row(
         "place: a long name",
@@ -128,7 +128,7 @@ PLACES_TABLE = [
     Row(
         "no permission: train",
         "train small.yaml --output closed/run",
-        "closed/run cannot be used: Permission denied: ",
+        "closed/run cannot be written: Permission denied: change its permissions",
         closed_folder,
         closed={"closed": 0o555},
     ),

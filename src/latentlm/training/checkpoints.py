@@ -27,7 +27,6 @@ def publish(staged: Path, output: Path) -> None:
     """Makes what was written to the hidden folder a checkpoint."""
     write_checksums(staged)
     publish_folder(staged, output / staged.name)
-    shutil.rmtree(staged.parent, ignore_errors=True)
 
 
 def newest(output: Path) -> tuple[Path | None, str]:

@@ -42,9 +42,9 @@ def _check_same_run(recipe: Recipe, output: Path) -> None:
     """A checkpoint goes on only with its own model and data."""
     before = load_recipe(output / RECIPE_FILE).document
     for section in ("model", "data"):
-        if before[section] != recipe.document[section]:
-            keys = sorted({*before[section], *recipe.document[section]})
-            changed = [key for key in keys if before[section].get(key) != recipe.document[section].get(key)]
+        keys = sorted({*before[section], *recipe.document[section]} - {"cache"})  # where tokens lie, not which
+        changed = [key for key in keys if before[section].get(key) != recipe.document[section].get(key)]
+        if changed:
             names = ", ".join(f"{section}.{key}" for key in changed)
             raise InputError(f"{output} was begun with another recipe ({names}): resume with the one it began with.")
 
@@ -62,6 +62,8 @@ class _Start:
 
 
 def _start(recipe: Recipe, output: Path, resume: bool, replace: bool) -> _Start:
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file: name a folder for the run.")
     if not resume:
         holds_run = any(output.glob("checkpoint-*")) or (output / "config.json").exists()
         if holds_run and not replace:
@@ -152,7 +154,7 @@ def train(
         with saving(output):
             output.mkdir(parents=True, exist_ok=True)
         # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
-        if resume or not replace:
+        if start.checkpoint is None and (resume or not replace):
             write_whole(output / RECIPE_FILE, document)
     if recipe.data.unit == "sentences" and "train_sampling_strategy" not in recipe.training:
         arguments.train_sampling_strategy = "group_by_length"

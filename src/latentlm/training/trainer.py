@@ -7,6 +7,7 @@ end at the first number that is not finite.
 import itertools
 import math
 import pickle
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -196,6 +197,8 @@ class LatentTrainer(Trainer):
                     best = self.state.best_model_checkpoint
                     rotate_checkpoints(str(output), self.args.save_total_limit, best, use_mtime=False)
             finally:
+                if is_main():
+                    shutil.rmtree(self._staging, ignore_errors=True)
                 self._staging = None
         self.accelerator.wait_for_everyone()
 
