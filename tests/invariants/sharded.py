@@ -35,7 +35,7 @@ def shard(model: LatentLM, *, blocks: bool = True, ends: bool = False, **options
         if blocks and isinstance(module, TransformerBlock):
             fully_shard(module, **options)
     if ends:
-        fully_shard([model.norm, model.embed_tokens, model.lm_head], **options | {"reshard_after_forward": False})
+        fully_shard([model.embed_tokens, model.lm_head], **options | {"reshard_after_forward": False})
     return fully_shard(model, **options)
 
 

@@ -3,8 +3,8 @@
 Everything is compared to fp32 rounding. Two processes add the sum over rows in another order than one does, which moves
 last digits (2⁻²³ ≈ 1.2e-7), and blocks, fast steps and both Adams pass these on: most gradients agree to 1e-6, the
 longest chain (a Transformer prior) to 4e-6 of the largest gradient, whatever is sharded how. Hence 1e-5, of a number or
-of the largest gradient; weights that are gathered wrongly are off by 4e-3 and more. The Adams' ε are far above rounding:
-otherwise an entry whose gradient is rounding alone would move by a whole step.
+of the largest gradient; weights that are gathered wrongly are off by 4e-3 and more. The Adams' ε are far above
+rounding: otherwise an entry whose gradient is rounding alone would move by a whole step.
 """
 
 import pytest

@@ -1,13 +1,14 @@
 """From a recipe to a trained model in a folder."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from latentlm.data import Collator, load_tokenizer
@@ -47,6 +48,16 @@ def _check_same_run(recipe: Recipe, output: Path) -> None:
         if changed:
             names = ", ".join(f"{section}.{key}" for key in changed)
             raise InputError(f"{output} was begun with another recipe ({names}): resume with the one it began with.")
+
+
+def _check_sharding(arguments: TrainingArguments) -> None:
+    """What accelerate does wrongly without a word."""
+    if not (arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"):
+        return
+    if arguments.device.type == "cpu":
+        raise InputError("FSDP shards weights over GPUs and there is none: accelerate would train with DDP instead.")
+    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
+        raise InputError("accelerate cannot load this model sparingly: set fsdp_cpu_ram_efficient_loading to false.")
 
 
 @dataclass(frozen=True)
@@ -126,6 +137,7 @@ def train(
     seed = recipe.training.get("seed", 0)
     arguments = recipe.training_arguments(output)
     arguments.device  # noqa: B018  joins the processes of a launcher
+    _check_sharding(arguments)
     start = main_decides(lambda: _start(recipe, output, resume, replace))
     if start.remark:
         on_stage(start.remark)

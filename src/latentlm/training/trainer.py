@@ -24,6 +24,7 @@ from latentlm.data import Item, StreamedBlocks
 from latentlm.errors import DivergedError, InputError, one_sentence
 from latentlm.evaluation.likelihood import evaluate
 from latentlm.files import saving
+from latentlm.inference import gathered
 from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.processes import gather_rows, is_main
 from latentlm.training import checkpoints
@@ -123,9 +124,10 @@ class LatentTrainer(Trainer):
 
     def check_weights(self) -> None:
         """Raises DivergedError unless every weight is finite."""
-        for name, parameter in self.model.named_parameters():
-            if not bool(torch.isfinite(parameter).all()):
-                raise self._diverged(f"the weights {name} are no longer finite numbers")
+        with gathered(self.model):
+            for name, parameter in self.model.named_parameters():
+                if not bool(torch.isfinite(parameter).all()):
+                    raise self._diverged(f"the weights {name} are no longer finite numbers")
 
     def compute_loss(
         self,
@@ -145,7 +147,8 @@ class LatentTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.update(self.statistics.summary(self.state, self.model, start_time))
+            with gathered(self.model):  # the prior may have weights
+                logs.update(self.statistics.summary(self.state, self.model, start_time))
         super().log(logs, start_time)
 
     def evaluate(
