@@ -256,6 +256,9 @@ class CausalLatentLM(LatentLM, GenerationMixin):
                     f"{beams} beams give at most {beams} texts for each prompt, not {num_return_sequences}."
                 )
             latents_given = latents is not None
+            greedy = beams == 1 and not kwargs.get("do_sample", self.generation_config.do_sample)
+            if latents_given and greedy and num_return_sequences > 1 and reinfer_every is None:
+                raise InputError("the likeliest tokens of one latent are one text: sample, or ask for one of each.")
             if latents is None:
                 draws = num_return_sequences if beams == 1 else 1
                 latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens, draws, seed)
