@@ -369,6 +369,25 @@ def test_generate_in_parts(latentlm):
     assert (status, err) == (0, "") and out.startswith("the")
 
 
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_generate_from_latents_of_encode(latentlm, suffix):
+    """One text for each row, or for each row and prompt; each latent writes the text it would write alone."""
+    file = f"z{suffix}"
+    assert latentlm("encode", "model", "--data", "texts.txt", "--output", file)[0] == 0
+    command = ["generate", "model", "--latents", file, "--greedy", "--max-new-tokens", "8", "--json", "texts.json"]
+    written = []
+    for prompts in ((), ("--prompt", "the"), ("--prompt", "a", "--prompt", "the", "--prompt", "some")):
+        status, _, err = latentlm(*command, *prompts)
+        assert (status, err) == (0, "")
+        with open("texts.json") as texts:
+            written.append(json.load(texts)["texts"])
+    plain, one, three = written
+    assert len(plain) == len(one) == len(three) == 3
+    assert all(text.startswith("the") for text in one) and three[1] == one[1]
+    assert len(set(plain)) == 3
+    assert latentlm(*command, "--prompt", "the", "-n", "2", "--seed", "1")[0] == 2  # one greedy text for a latent
+
+
 @pytest.mark.parametrize("option", [("--top-k", "1"), ("--top-p", "0"), ("--temperature", "1e-9")])
 def test_narrow_sampling_is_greedy(latentlm, option):
     command = ["generate", "control", "--prompt", "the", "--max-new-tokens", "6"]

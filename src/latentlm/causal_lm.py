@@ -127,6 +127,8 @@ class CausalLatentLM(LatentLM, GenerationMixin):
             raise InputError(
                 f"latents of shape {list(latents.shape)} do not fit {len(input_ids)} sequences: give one for each."
             )
+        if not input_ids.numel():
+            raise InputError(f"input_ids of shape {list(input_ids.shape)} hold no text: give at least BOS.")
         latents = latents.flatten(0, batch_dim)
         repeats = len(latents) // max(len(input_ids), 1)
         if attention_mask is not None:
@@ -228,9 +230,13 @@ class CausalLatentLM(LatentLM, GenerationMixin):
                 raise InputError(f"reinfer_every must be at least 1, not {reinfer_every}.")
             if (kwargs.get("num_beams") or 1) > 1 or kwargs.get("return_dict_in_generate"):
                 raise InputError("reinfer_every goes neither with beams nor with return_dict_in_generate.")
+        if latents is not None:
+            self.check_latents(latents, tuple(self.prior(1, max_new_tokens).event_shape))
         if input_ids is None:
             rows = 1 if latents is None else len(latents)
             input_ids = torch.full((rows, 1), self._bos(), device=self.device)
+        if not input_ids.numel():
+            raise InputError(f"input_ids of shape {list(input_ids.shape)} hold no prompt: give at least BOS.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = _padded_left(input_ids, attention_mask)
@@ -250,11 +256,13 @@ class CausalLatentLM(LatentLM, GenerationMixin):
                     f"{beams} beams give at most {beams} texts for each prompt, not {num_return_sequences}."
                 )
             latents_given = latents is not None
+            greedy = beams == 1 and not kwargs.get("do_sample", self.generation_config.do_sample)
+            if latents_given and greedy and num_return_sequences > 1 and reinfer_every is None:
+                raise InputError("the likeliest tokens of one latent are one text: sample, or ask for one of each.")
             if latents is None:
                 draws = num_return_sequences if beams == 1 else 1
                 latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens, draws, seed)
             else:
-                self.check_latents(latents, tuple(self.prior(1, max_new_tokens).event_shape))
                 draws = 1
             if len(latents) == 1 < len(input_ids):
                 latents = latents.expand(len(input_ids), *latents.shape[1:])

@@ -304,4 +304,10 @@ MODELS_TABLE = [
         "3 latents do not fit 2 prompts: give one for each",
         npz(mean=np.zeros((3, 2, 2, 4))),
     ),
+    Row(
+        "latents: one text is the likeliest",
+        "generate model --latents z.npz --greedy -n 2 --max-new-tokens 2",
+        "are one text: sample, or ask for one",
+        npz(mean=np.zeros((3, 2, 2, 4))),
+    ),
 ]

@@ -33,7 +33,8 @@ from latentlm.training.sweep import load_sweep
 TIMES = int(os.environ.get("LATENTLM_EXAMPLES", "1"))
 # what needs other software or hardware, other processes, or the network
 ELSEWHERE = {
-    "accelerator_config", "deepspeed", "fsdp", "fsdp_config", "full_determinism", "parallelism_config", "torch_compile",
+    "torch_empty_cache_steps", "metric_for_best_model", "accelerator_config", "deepspeed",
+    "fsdp", "fsdp_config", "full_determinism", "parallelism_config", "torch_compile",
     "torch_compile_backend", "torch_compile_mode", "use_liger_kernel", "report_to", "dataloader_num_workers", "debug",
 }  # fmt: skip
 
@@ -335,7 +336,7 @@ def test_latents_from_a_file(folder, array, name, damage, prompts, greedy, parqu
     sample=st.booleans(),
 )
 def test_latents_in_python(folder, model, shape, number, rows, length, sample):
-    latents, ids = torch.full(shape, number, dtype=torch.float32), torch.ones(rows, length, dtype=torch.long)
+    latents, ids = torch.full(shape, number, dtype=torch.float64).float(), torch.ones(rows, length, dtype=torch.long)
     with one_sentence_or_none(), torch.no_grad():
         scores = model[0].log_likelihood(latents, ids)
         assert scores.shape[-2:] == (rows, length - 1)

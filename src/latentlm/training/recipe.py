@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import get_annotations
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -21,13 +22,14 @@ import yaml
 from huggingface_hub.dataclasses import strict
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.utils.logging import get_log_levels_dict
 
 from latentlm.data.recipe import DataRecipe
 from latentlm.data.tokenizers import SMALLEST_VOCABULARY
 from latentlm.errors import InputError, one_sentence, shown
 from latentlm.families import FAMILIES
 from latentlm.latent_lm import LatentLM, LatentLMConfig
-from latentlm.training.memory import check_memory
+from latentlm.training.feasibility import check_memory, check_optimisation
 
 # what latentlm sets itself, from the command line or because its datasets and loss need it
 _OURS = {
@@ -35,7 +37,7 @@ _OURS = {
     "logging_nan_inf_filter",
 }  # fmt: skip
 # what no family here follows yet
-_WITHOUT_EFFECT = {"gradient_checkpointing", "label_smoothing_factor", "push_to_hub"}
+_WITHOUT_EFFECT = {"activation_checkpointing", "gradient_checkpointing", "label_smoothing_factor", "push_to_hub"}
 # counts by which transformers would divide, or with which a run fails in its middle
 _AT_LEAST_ONE = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"}
 # more is a slip of the hand, and overflows in the middle of a run
@@ -105,9 +107,15 @@ class Recipe:
 
     def training_arguments(self, output_dir: Path) -> TrainingArguments:
         given = {**_TRAINING_DEFAULTS, **self.training}
+        for name in ("adam_beta1", "adam_beta2"):
+            given[name] = float(given[name])  # torch wants both of one type, and YAML reads 0 as another
         if "lr_scheduler_type" in self.training and "lr_scheduler_kwargs" not in self.training:
             del given["lr_scheduler_kwargs"]  # they belong to the default schedule
-        if given.get("load_best_model_at_end") or given.get("metric_for_best_model"):
+        if (
+            given.get("load_best_model_at_end")
+            or given.get("metric_for_best_model")
+            or given["save_strategy"] == "best"
+        ):
             # transformers takes a larger figure for a better one unless its name ends in loss
             given = {"metric_for_best_model": "elbo_nll_per_token", "greater_is_better": False, **given}
         return TrainingArguments(
@@ -250,10 +258,13 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         raise InputError(f"{where}: model.family must be one of {', '.join(FAMILIES)}.")
     data = _section(DataRecipe, "data", document["data"], places)
     evaluation = _section(EvaluationRecipe, "evaluation", document.get("evaluation") or {}, places)
-    config_fields = {f.name for f in dataclasses.fields(family.config_class)}
+    # without those of every model of transformers, which say nothing here
+    own = [kind for kind in family.config_class.__mro__ if issubclass(kind, LatentLMConfig)]
+    of_tokenizer = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
+    config_fields = {name for kind in own for name in get_annotations(kind)} - of_tokenizer
     for key in model:
-        if key not in config_fields or key == "vocab_size":
-            owner = "comes from the tokenizer" if key == "vocab_size" else "is no field of the family"
+        if key not in config_fields:
+            owner = "comes from the tokenizer" if key in of_tokenizer else "is no field of the family"
             raise InputError(f"{places[('model', key)]}: model.{key} {owner}{_hint(key, config_fields)}.")
     _check_training(document["training"], places)
     if data.streaming and document["training"].get("max_steps", -1) < 1:
@@ -262,6 +273,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
     with _located("training", recipe.training, places):
         arguments = recipe.training_arguments(Path("unused"))
         get_reporting_integration_callbacks(arguments.report_to)
+        check_optimisation(arguments)
     with _located("model", model, places):
         config = recipe.model_config(vocab_size=SMALLEST_VOCABULARY)
         if getattr(config, "max_position_embeddings", data.length) < data.length:
@@ -304,10 +316,15 @@ def _check_training(training: Mapping[str, Any], places: Mapping[tuple[str, ...]
             raise InputError(f"{where}: training.{key} must not be negative or NaN or infinite, but is {shown(value)}.")
         if key in _AT_LEAST_ONE and not (value >= 1 or unlimited):
             raise InputError(f"{where}: training.{key} must be at least 1, not {value}.")
+        if key in ("adam_beta1", "adam_beta2") and value >= 1:
+            raise InputError(f"{where}: training.{key} must be below 1, not {shown(value)}.")
         if "seed" in key and number and value >= 2**32:
             raise InputError(f"{where}: training.{key} must be less than 2**32, not {shown(value)}.")
         if key == "dataloader_num_workers" and value > _WORKERS_PER_CORE * (os.cpu_count() or 1):
             raise InputError(f"{where}: training.{key} is {value}, which is too many for {os.cpu_count()} cores.")
+        if key in ("log_level", "log_level_replica") and value not in (*get_log_levels_dict(), "passive"):
+            levels = ", ".join([*get_log_levels_dict(), "passive"])
+            raise InputError(f"{where}: training.{key} must be one of {levels}, not {shown(value)}.")
         if key == "optim_args" and value and not all(part.count("=") == 1 for part in value.split(",")):
             raise InputError(f"{where}: training.{key} must be of the form name=value,name=value, not {shown(value)}.")
         if number and value > (_LARGEST_COUNT if isinstance(value, int) else _LARGEST_NUMBER):
