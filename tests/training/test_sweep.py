@@ -40,6 +40,20 @@ def loaded(folder, text, overrides=()):
     return load_sweep(folder / "sweep.yaml", overrides)
 
 
+def test_a_run_whose_text_has_changed_is_another_run(folder):
+    (folder / "text.txt").write_text("one text")
+    sweep = f"""
+recipe: ltm.yaml
+studies:
+  one: {{runs: {{a: {{data.source: {folder / "text.txt"}}}, b: {{data.source: builtin:stories}}}}}}
+"""
+    before = loaded(folder, sweep).runs
+    assert loaded(folder, sweep).runs == before
+    (folder / "text.txt").write_text("another text")
+    after = loaded(folder, sweep).runs
+    assert after[0].folder != before[0].folder and after[1] == before[1]
+
+
 def keep(folder, figures):
     """Adds to a run's figures, as a job does."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from latentlm.data.corpora import source_fingerprint
 from latentlm.data.recipe import evaluation_sequences
 from latentlm.errors import InputError, one_sentence
 from latentlm.evaluation.measure import Scoring, measure
@@ -110,8 +111,12 @@ class Run:
     settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def of(cls, recipe: Path, overrides: Sequence[str]) -> "Run":
-        """Checks the recipe; the folder's name ends in a digest of all that it says, changes applied."""
+    def of(cls, recipe: Path, overrides: Sequence[str], contents: dict[str, str]) -> "Run":
+        """Checks the recipe; the folder's name ends in a digest of all that it says, changes applied, and of its data.
+
+        Args:
+            contents: fingerprints of the sources met so far, so that each is read once; completed.
+        """
         changed, unchanged = load_recipe(recipe, overrides), load_recipe(recipe).document
         document = changed.document
         # with the defaults that the recipe leaves to its config, since a later version may have others
@@ -119,7 +124,15 @@ class Run:
         of_every_model = {f.name for f in fields(PreTrainedConfig)} | {"vocab_size"}
         defaults = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in of_every_model}
         said = {**document, "model": {**defaults, **document["model"]}}
-        digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        sources = [source for source in (changed.data.source, changed.data.validation) if source is not None]
+        for source in sources:
+            if source not in contents:
+                try:
+                    contents[source] = source_fingerprint(source)
+                except InputError:  # told by the run that cannot read it; the others go on
+                    contents[source] = ""
+        whole = {**said, "contents": [contents[source] for source in sources]}
+        digest = hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:10]
         settings = {f"{section}.{key}": value for section, part in said.items() for key, value in part.items()}
         words = [
             re.sub(r"[^\w.=-]+", "", f"{key}={value}")
@@ -203,6 +216,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
     shared = {"recipe": document.get("recipe"), "seeds": document.get("seeds", [0])}
     studies: dict[str, Study] = {}
     trials: list[Trial] = []
+    contents: dict[str, str] = {}
     for name, content in document["studies"].items():
         where = f"{path}, study {name!r}"
         if not isinstance(content, dict) or str(name) in studies:
@@ -211,7 +225,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
             if not isinstance(content.get("scoring", {}), dict):
                 raise InputError("scoring must be a mapping of options to values.")
             study = Study(**{**shared, **content, "scoring": {**document["scoring"], **content.get("scoring", {})}})
-            trials += _trials(str(name), study, path.parent, overrides)
+            trials += _trials(str(name), study, path.parent, overrides, contents)
         except Exception as error:  # a strict dataclass raises its own kinds
             raise InputError(f"{where}: {one_sentence(error)}") from error
         studies[str(name)] = study
@@ -234,7 +248,7 @@ def _check_keys(node: yaml.Node | None, where: str) -> None:
         _check_keys(value, where)
 
 
-def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str]) -> list[Trial]:
+def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str], contents: dict[str, str]) -> list[Trial]:
     trials: list[Trial] = []
     combinations = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
     for (run_name, own), combination, seed in itertools.product(study.runs.items(), combinations, study.seeds):
@@ -247,7 +261,7 @@ def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str]) -> 
             raise InputError(f"run {label!r}: seeds stand under seeds, not under training.seed.")
         settings = [f"{key}={json.dumps(value, default=str)}" for key, value in changes.items()]
         try:
-            run = Run.of(folder / recipe, (*settings, *overrides, f"training.seed={seed}"))
+            run = Run.of(folder / recipe, (*settings, *overrides, f"training.seed={seed}"), contents)
         except InputError as error:
             raise InputError(f"run {label!r}: {error}") from error
         evaluations = study.evaluations
