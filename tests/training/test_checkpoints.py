@@ -129,6 +129,13 @@ def test_a_damaged_one_is_written_anew(folder, whole):
     assert weights(folder / "checkpoint-3") == weights(whole)
 
 
+def test_a_run_that_is_replaced_leaves_no_checkpoints_to_resume_from(folder):
+    once = ("training.save_strategy=steps", "training.save_steps=2", "training.max_steps=2", "training.seed=1")
+    replaced = run(folder, *once, replace=True)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert torch.equal(load(folder / "checkpoint-2")[0].embed_tokens.weight, replaced.model.embed_tokens.weight)
+
+
 # ---- the end of a run --------------------------------------------------------------------------------------------
 
 

@@ -45,3 +45,9 @@ def newest(output: Path) -> tuple[Path | None, str]:
     if damaged:
         raise InputError(f"{'; '.join(damaged)}: none is left to resume from, so begin in another --output.")
     return None, ""
+
+
+def remove_all(output: Path) -> None:
+    """Removes every checkpoint in a folder."""
+    for path in sort_checkpoints(str(output)):
+        shutil.rmtree(path)

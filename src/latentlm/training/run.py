@@ -123,7 +123,8 @@ def train(
         resume: go on from the newest whole checkpoint in `output`, begin where there is none yet, and do nothing where
             the run is finished; so one command, given again and again, brings a run that is killed again and again to
             its end.
-        replace: write over a model that `output` holds; without it that is refused.
+        replace: write over a run that `output` holds, which without it is refused: its checkpoints go at the start (or
+            they would be taken for this run's), its model when the new one is whole.
         corpus: the recipe's data, where it is loaded already.
         on_stage: told in words what is being done before the first step.
 
@@ -165,6 +166,8 @@ def train(
     if is_main():
         with saving(output):
             output.mkdir(parents=True, exist_ok=True)
+            if start.checkpoint is None:
+                checkpoints.remove_all(output)
         # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
         if start.checkpoint is None and (resume or not replace):
             write_whole(output / RECIPE_FILE, document)

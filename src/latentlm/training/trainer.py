@@ -225,7 +225,7 @@ def _reading(checkpoint: str | None) -> Iterator[None]:
     except (OSError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError, EOFError) as error:
         reason = one_sentence(error)[:200]
         raise InputError(
-            f"{checkpoint} cannot be resumed from ({reason}): remove it, and an earlier one is."
+            f"{checkpoint} cannot be resumed from ({reason}): remove it to resume from an earlier one."
         ) from error
 
 
