@@ -278,7 +278,7 @@ def generate(
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Sample from the likeliest tokens of this mass.")
     ] = 1.0,
-    beams: Annotated[int, typer.Option(min=1, help="Width of a beam search.")] = 1,
+    beams: Annotated[int, typer.Option(min=1, max=4096, help="Width of a beam search.")] = 1,
     reinfer_every: Annotated[
         int | None, typer.Option(min=1, help="Infer z afresh from the text so far after so many new tokens.")
     ] = None,
