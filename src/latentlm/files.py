@@ -19,9 +19,9 @@ def check_writable(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist.")
+        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist: make it first.")
     if path.is_dir():
-        raise InputError(f"{path} cannot be written: it is a folder.")
+        raise InputError(f"{path} cannot be written: it is a folder: name a file in it.")
     if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise InputError(f"{path} cannot be written: no permission to write in {path.parent}: name another place.")
     return path

@@ -143,7 +143,7 @@ def test_the_table():
     print("\n| input | command | what it prints |\n| --- | --- | --- |")
     for name, (command, sentence) in PRINTED.items():
         cells = (name, ascii(command)[1:-1] if not command.isprintable() else command, sentence)
-        print("| " + " | ".join((cell[:160] + " …" * (len(cell) > 160)).replace("|", "\\|") for cell in cells) + " |")
+        print("| " + " | ".join((cell[:400] + " …" * (len(cell) > 400)).replace("|", "\\|") for cell in cells) + " |")
 
 
 # ---- in a process of its own -------------------------------------------------------------------------------------
