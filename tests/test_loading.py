@@ -272,6 +272,14 @@ def test_a_failure_leaves_an_older_model_as_it_was(folder, broken):
     assert os.listdir(folder.parent) == ["model"]
 
 
+def test_others_may_read_a_model(tmp_path, tokenizer):
+    for _ in range(2):  # a new folder, and one that is there
+        save(small_model("ltm", vocab_size=260), tokenizer, tmp_path / "model")
+        modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "model").iterdir()}
+        assert set(modes.values()) == {"0o644"}
+        assert (tmp_path / "model").stat().st_mode & 0o777 == 0o755
+
+
 def test_a_new_model_replaces_an_older_one(folder, tokenizer):
     model = small_model("autoregressive", vocab_size=260)
     save(model, tokenizer, folder)

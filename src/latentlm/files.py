@@ -26,9 +26,9 @@ def check_writable(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist.")
+        raise InputError(f"{path} cannot be written: the folder {path.parent} does not exist: make it first.")
     if path.is_dir():
-        raise InputError(f"{path} cannot be written: it is a folder.")
+        raise InputError(f"{path} cannot be written: it is a folder: name a file in it.")
     if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise InputError(f"{path} cannot be written: no permission to write in {path.parent}: name another place.")
     return path
@@ -112,14 +112,16 @@ def publish_folder(staged: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
+    staged.chmod(0o755)
     staged.rename(target)
     _sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until every file in a folder, and the folder, is on the disk."""
+    """Waits until every file in a folder, and the folder, is on the disk; others may read them."""
     for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for its owner alone
         _sync(path)
     _sync(folder)
 

@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 from latentlm.data import load_tokenizer
 from latentlm.errors import InputError, one_sentence
 from latentlm.families import FAMILIES
-from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, saving, sync_folder, write_checksums
+from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, reason_of, saving, sync_folder, write_checksums
 from latentlm.latent_lm import WEIGHTS, LatentLM
 
 
@@ -112,6 +112,8 @@ def _check_folder(folder: Path) -> None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = config["model_type"]
+    except PermissionError as error:
+        raise InputError(f"{folder / 'config.json'} cannot be read: {reason_of(error)}.") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} has no readable config.json with a model_type: it is no saved model.") from error
     known = {family.config_class.model_type: name for name, family in FAMILIES.items()}

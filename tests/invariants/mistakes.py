@@ -20,7 +20,7 @@ class Row(NamedTuple):
     """`kind: what`, a command line, a regular expression for the answer; what is done to the folder before.
 
     `largest`: bytes that a file may have, as on a full disk; `closed`: paths taken away from this user; `leaves`:
-    whether a run that had begun may leave its folder; `fails`: why the row is not answered yet.
+    whether a run that had begun may leave its folder.
     """
 
     name: str
@@ -30,7 +30,6 @@ class Row(NamedTuple):
     largest: int | None = None
     closed: dict[str, int] | None = None
     leaves: bool = False
-    fails: str | None = None
 
     @property
     def arguments(self) -> tuple[str, ...]:
