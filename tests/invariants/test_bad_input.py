@@ -17,7 +17,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from tests.command import assert_one_sentence, prepare, run
-from tests.invariants.mistakes import KINDS, Row, every_row
+from tests.invariants.mistakes import KINDS, every_row
 from tests.training.runs import unchecked
 
 from latentlm import cli

@@ -104,6 +104,7 @@ MISTAKES = [
     ("  max_steps: 3", "  max_steps: [3]", "max_steps", "number"),
     ("  use_cpu: true", "  use_cpu: 3", "use_cpu", "true or false"),
     ("  sequences: 8", "  sequences: many", "sequences", "whole number"),
+    ("  max_steps: 3", "  max_steps: 3\n  metric_for_best_model: bleu", "metric_for_best_model", "iw_nll_per_token"),
     ("  iw_samples: 2", "  iw_samples: 2.5", "iw_samples", "a whole number"),
     ("  max_steps: 3", "  max_steps: 2.5", "max_steps"),
     ("  max_steps: 3", "  bf16: maybe", "bf16", "true or false"),

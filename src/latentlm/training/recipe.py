@@ -42,6 +42,15 @@ _WITHOUT_EFFECT = {"activation_checkpointing", "gradient_checkpointing", "label_
 _AT_LEAST_ONE = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"}
 # more is a slip of the hand, and overflows in the middle of a run
 _LARGEST_COUNT, _LARGEST_NUMBER, _WORKERS_PER_CORE = 2**31 - 1, 1e30, 4
+#: what in-training evaluation reports; the whole set of figures is `latentlm evaluate`
+EVALUATION_FIGURES = (
+    "elbo_nll_per_token",
+    "iw_nll_per_token",
+    "reconstruction_nll_per_token",
+    "prior_nll_per_token",
+    "kl_per_sequence",
+    "active_units",
+)
 # the paper's schedule (Kong et al. 2025, appendix A.2); every one can be set in a recipe
 _TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
@@ -318,6 +327,8 @@ def _check_training(training: Mapping[str, Any], places: Mapping[tuple[str, ...]
             raise InputError(f"{where}: training.{key} must be at least 1, not {value}.")
         if key in ("adam_beta1", "adam_beta2") and value >= 1:
             raise InputError(f"{where}: training.{key} must be below 1, not {shown(value)}.")
+        if key == "metric_for_best_model" and value and value.removeprefix("eval_") not in EVALUATION_FIGURES:
+            raise InputError(f"{where}: training.{key} must be one of {', '.join(EVALUATION_FIGURES)}.")
         if "seed" in key and number and value >= 2**32:
             raise InputError(f"{where}: training.{key} must be less than 2**32, not {shown(value)}.")
         if key == "dataloader_num_workers" and value > _WORKERS_PER_CORE * (os.cpu_count() or 1):

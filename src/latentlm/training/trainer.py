@@ -28,17 +28,7 @@ from latentlm.inference import gathered
 from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.processes import gather_rows, is_main
 from latentlm.training import checkpoints
-from latentlm.training.recipe import EvaluationRecipe
-
-# what in-training evaluation reports; the whole set of figures is `latentlm evaluate`
-_EVALUATION_FIGURES = (
-    "elbo_nll_per_token",
-    "iw_nll_per_token",
-    "reconstruction_nll_per_token",
-    "prior_nll_per_token",
-    "kl_per_sequence",
-    "active_units",
-)
+from latentlm.training.recipe import EVALUATION_FIGURES, EvaluationRecipe
 
 
 class LatentTrainer(Trainer):
@@ -165,7 +155,7 @@ class LatentTrainer(Trainer):
             iw_samples=self.evaluation.iw_samples,
             seed=self.args.seed,
         )
-        metrics = {f"{metric_key_prefix}_{name}": figures[name] for name in _EVALUATION_FIGURES}
+        metrics = {f"{metric_key_prefix}_{name}": figures[name] for name in EVALUATION_FIGURES}
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
