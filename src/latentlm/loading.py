@@ -119,8 +119,8 @@ def _check_folder(folder: Path) -> None:
     known = {family.config_class.model_type: name for name, family in FAMILIES.items()}
     if (folder / CHECKSUMS_FILE).exists() and (fault := damage(folder, WEIGHTS, "tokenizer.json")):
         raise InputError(
-            f"{folder} is no whole model ({fault}): train on with --resume, take a checkpoint in it, or delete its "
-            f"{CHECKSUMS_FILE} if you changed them yourself."
+            f"{folder} is no whole model ({fault}): train on with --resume, take a checkpoint, "
+            f"or delete its {CHECKSUMS_FILE} if you changed it yourself."
         )
     if model_type not in known:
         raise InputError(f"{folder} holds a model of type {model_type!r}; latentlm knows {', '.join(known)}.")
