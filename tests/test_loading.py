@@ -203,6 +203,29 @@ def test_checksums_that_cannot_be_read(folder):
     assert "SHA256SUMS cannot be read" in complaint(folder)
 
 
+@pytest.mark.parametrize("kept", ["", "tokenizer.json"])
+def test_checksums_without_the_weights(folder, kept):
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if kept and kept in line))
+    assert "SHA256SUMS does not list model.safetensors" in complaint(folder)
+
+
+def test_a_training_that_was_cut_short_names_its_checkpoints(folder):
+    shutil.copytree(folder, folder / "checkpoint-5")
+    (folder / "config.json").unlink()
+    message = complaint(folder)
+    assert "cut short" in message and f"such as {folder / 'checkpoint-5'}" in message
+
+
+def test_a_full_disk_as_tokenizers_tells_it(folder, tokenizer, monkeypatch):
+    def full(path):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", full)
+    with pytest.raises(InputError, match=r"free some space.* intact"):
+        save(small_model("ltm", vocab_size=260), tokenizer, folder)
+
+
 def test_checksums_are_those_of_the_usual_tool(folder):
     subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=folder, check=True)
     assert "model.safetensors" in (folder / "SHA256SUMS").read_text()

@@ -136,7 +136,7 @@ def train(
     for name, value in last.items():
         console.print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}", highlight=False)
     console.print(
-        f"saved in {folder}; score all its validation data with: latentlm evaluate {folder}",
+        f"the model is in {folder}; score all its validation data with: latentlm evaluate {folder}",
         highlight=False,
         soft_wrap=True,
     )

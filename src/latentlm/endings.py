@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import typer
 
-from latentlm.errors import OUT_OF_MEMORY, InputError, out_of_memory
+from latentlm.errors import OUT_OF_MEMORY, DivergedError, InputError, out_of_memory
 from latentlm.files import reason_of
+from latentlm.processes import is_first_here
 
 _MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 1  # 130 as a shell numbers SIGINT, 1 as typer does for its own writes
 
@@ -25,10 +26,12 @@ def told_in_one_sentence(debug: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(_BROKEN_PIPE)
     except InputError as error:
-        _end(str(error), debug)
+        # of several processes all make the same mistake: one of each machine tells; a number is one process' own
+        _end(str(error), debug, quiet=not (is_first_here() or isinstance(error, DivergedError)))
     except OSError as error:
         _end(f"{error.filename or 'a file'} cannot be used: {reason_of(error)}.", debug)
     except (typer.Abort, KeyboardInterrupt):
+        print("latentlm: interrupted; what was saved is whole.", file=sys.stderr)
         sys.exit(_INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
@@ -36,8 +39,9 @@ def told_in_one_sentence(debug: bool) -> Iterator[None]:
         _end(OUT_OF_MEMORY, debug)
 
 
-def _end(message: str, debug: bool) -> None:
+def _end(message: str, debug: bool, quiet: bool = False) -> None:
     if debug:
         raise
-    print(f"latentlm: {' '.join(message.split())}", file=sys.stderr)
+    if not quiet:
+        print(f"latentlm: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(_MISTAKE)

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +14,12 @@ from safetensors import SafetensorError
 
 from latentlm.errors import InputError
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes from one folder
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_FILE = ".lock"
 #: digests of a folder's files, as `sha256sum -c SHA256SUMS` reads them
 CHECKSUMS_FILE = "SHA256SUMS"
 
@@ -92,17 +98,49 @@ def saving(what: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_CANNOT_WRITE):
+    except Exception as error:
+        if not isinstance(error, (OSError, SafetensorError)) and not any(sign in str(error) for sign in _CANNOT_WRITE):
             raise
         reason = reason_of(error) if isinstance(error, OSError) else _NO_ROOM
         raise InputError(f"{what} cannot be written: {reason}; what was saved before is intact.") from error
 
 
-_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory", "cannot be opened")
-_NO_ROOM = (
-    "the disk took only a part of it: free some space, or name another place"  # torch and safetensors say no more
-)
+# torch raises a RuntimeError, tokenizers a bare Exception with the system's number in its words
+_CANNOT_WRITE = ("PytorchStreamWriter", "inline_container", "Parent directory", "cannot be opened", "(os error")
+# they and safetensors say no more
+_NO_ROOM = "the disk took only a part of it: free some space, or name another place"
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Made if need be, and kept from others who ask for the same, until the end of the body or of the process.
+
+    A folder that holds nothing in the end is removed.
+
+    Raises:
+        InputError: another process has it, or nothing can be written there.
+    """
+    lock = folder / LOCK_FILE
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "wb")  # noqa: SIM115
+    with file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(file.fileno()), lock.stat())  # or its owner has just removed it
+        except (BlockingIOError, FileNotFoundError):
+            same = False
+        if not same:
+            raise InputError(f"another process works in {folder}: wait for its end, or name another folder.")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: as it should be
+                for path in made:
+                    path.rmdir()
 
 
 def publish_folder(staged: Path, target: Path) -> None:
@@ -140,13 +178,14 @@ def write_checksums(folder: str | Path, pattern: str = "*") -> None:
     """Writes the SHA-256 of the files in a folder that match a pattern into its SHA256SUMS."""
     folder = Path(folder)
     names = sorted(path.name for path in folder.glob(pattern) if path.is_file() and path.name != CHECKSUMS_FILE)
-    write_whole(folder / CHECKSUMS_FILE, "".join(f"{_sha256(folder / name)}  {name}\n" for name in names))
+    with _whole_file(folder / CHECKSUMS_FILE) as file:
+        file.write("".join(f"{sha256_of(folder / name)}  {name}\n" for name in names).encode())
 
 
 def damage(folder: str | Path, *patterns: str) -> str | None:
     """What is wrong with a folder by its SHA256SUMS, of the files that match a pattern (or of all); None if nothing is.
 
-    Files that are not listed there are not looked at.
+    A file that matches a pattern and is not listed there is wrong, too.
     """
     folder = Path(folder)
     try:
@@ -158,17 +197,21 @@ def damage(folder: str | Path, *patterns: str) -> str | None:
         return f"it has no {CHECKSUMS_FILE}"
     except (OSError, ValueError):
         return f"its {CHECKSUMS_FILE} cannot be read"
+    unlisted = {path.name for pattern in patterns for path in folder.glob(pattern)} - listed.keys()
+    if unlisted or not listed:
+        return f"its {CHECKSUMS_FILE} does not list {min(unlisted, default='any file')}"
     for name, digest in listed.items():
         path = folder / name
         if patterns and not any(path.match(pattern) for pattern in patterns):
             continue
         if not path.is_file():
             return f"{name} is missing"
-        if _sha256(path) != digest:
+        if sha256_of(path) != digest:
             return f"{name} has changed since it was written"
     return None
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

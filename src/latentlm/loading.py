@@ -47,7 +47,9 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     try:
         with no_progress_bars():
             # weights as torch pickles them are never read
-            model, info = AutoModel.from_pretrained(path, output_loading_info=True, use_safetensors=True)
+            model, info = AutoModel.from_pretrained(
+                path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+            )
     except InputError as error:
         raise InputError(f"{path} cannot be loaded as a model: {error}") from error
     except Exception as error:  # every kind of damage raises its own kind of exception
@@ -109,6 +111,11 @@ def save(
 def _check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist or is no folder: give the folder of a saved model.")
+    if not (folder / "config.json").exists() and (checkpoints := sorted(folder.glob("checkpoint-*"))):
+        raise InputError(
+            f"{folder} holds a training that was cut short: go on with it by --resume, or give one of its "
+            f"checkpoints, such as {checkpoints[-1]}."
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_type = config["model_type"]

@@ -46,6 +46,11 @@ def is_main() -> bool:
     return rank_and_size()[0] == 0 if dist.is_available() and dist.is_initialized() else _launched_rank() == 0
 
 
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

@@ -300,6 +300,19 @@ def test_a_damaged_store_is_refused(tmp_path, kind):
         written(tmp_path / "store", 300)
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "bytes.bin", "documents.bin", "tokenizer/tokenizer.json"])
+def test_a_store_whose_content_has_changed_is_refused(tmp_path, name):
+    def ask():
+        return store_tokens(tmp_path / "store", lambda: iter(DOCUMENTS), 300, MADE_OF)
+
+    ask()
+    content = bytearray((tmp_path / "store" / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "store" / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"is damaged .{name} has changed since it was written.: delete it"):
+        ask()
+
+
 def test_a_store_of_another_version_is_refused(tokenizer, tmp_path):
     written(tmp_path / "store", tokenizer)
     journal = json.loads((tmp_path / "store" / "store.json").read_text())

@@ -88,7 +88,7 @@ def wait_until_gone_and_back(folder: Path, pid: int) -> int | None:
 
 
 def outcome(folder: Path) -> tuple[str, list]:
-    """Digest of the final weights, and every figure that was logged but times."""
+    """Digest of the final weights, and every figure that was logged but times and the summary of a session."""
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     history = json.loads((folder / "history.json").read_text())
     dropped = ("tokens_per_second", "total_flos")

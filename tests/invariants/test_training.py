@@ -3,10 +3,11 @@
 import shutil
 
 import pytest
-from tests.training.runs import run
+from tests.training.runs import run, trained
 from transformers import TrainerCallback
 
 from latentlm import InputError
+from latentlm.files import LOCK_FILE, alone_in
 from latentlm.training.trainer import LatentTrainer
 
 TEXT = "\n".join(f"{person} {verb} the {thing}" for person in "abcdefgh" for verb in "pqrs" for thing in "uvwxyz")
@@ -64,7 +65,7 @@ def uninterrupted_and_resumed(folder, *overrides, stop=3):
 
 
 def figures(run_):
-    dropped = {*TIMES, "train_loss", "total_flos"}
+    dropped = {*TIMES, "total_flos"}
     return [{key: value for key, value in entry.items() if key not in dropped} for entry in run_.history]
 
 
@@ -162,3 +163,75 @@ def test_half_a_checkpoint_is_passed_over(tmp_path, damaged):
     (tmp_path / "killed" / "checkpoint-3" / damaged).unlink()
     resumed = run(tmp_path / "killed", *saving, resume=True)
     assert largest_difference(whole, resumed) == 0
+
+
+# ---- what a resumed run takes from its recipe ---------------------------------------------------------------------
+
+BEGUN = ("training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=1")
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A run of six steps that was stopped after its fourth, with a checkpoint after the second."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, *BEGUN, callbacks=[Interrupt(4)])
+    return folder
+
+
+@pytest.fixture
+def folder(begun, tmp_path):
+    return shutil.copytree(begun, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "change", ["learning_rate=1e-3", "weight_decay=0.9", "adam_beta1=0.5", "adam_beta2=0.5", "adam_epsilon=1.0"]
+)
+def test_the_rates_are_those_of_the_recipe(folder, tmp_path, change):
+    shutil.copytree(folder, tmp_path / "same")
+    as_before = run(tmp_path / "same", *BEGUN, resume=True)
+    changed = run(folder, *BEGUN, f"training.{change}", resume=True)
+    assert largest_difference(as_before, changed) > 0
+    if change.startswith("learning_rate"):
+        before, after = (trained.logged("learning_rate") for trained in (as_before, changed))
+        assert after[:2] == before[:2]
+        assert after[2:] == pytest.approx([0.1 * rate for rate in before[2:]])
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("training.per_device_train_batch_size=4", "sequences per step"),
+        ("training.gradient_accumulation_steps=2", "sequences per step"),
+        ("training.seed=1", "training.seed"),
+        ("training.train_sampling_strategy=random", "train_sampling_strategy"),
+    ],
+)
+def test_the_order_of_the_data_must_be_the_same(folder, change, named):
+    with pytest.raises(InputError, match=f"checkpoint-2 was reached with another .*{named}.*: resume with the same"):
+        run(folder, *BEGUN, change, resume=True)
+
+
+def test_a_batch_may_be_cut_otherwise(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "same")
+    parts = ("training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2")
+    assert (
+        largest_difference(run(tmp_path / "same", *BEGUN, resume=True), run(folder, *BEGUN, *parts, resume=True)) < 1e-6
+    )
+
+
+def test_the_text_must_be_the_same(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    given = (*BEGUN, f"data.source={tmp_path / 'text.txt'}", f"data.tokenizer={trained('ltm')}")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", *given, callbacks=[Interrupt(4)])
+    (tmp_path / "text.txt").write_text(TEXT.replace("the", "a"))
+    with pytest.raises(InputError, match=r"another contents of data.source: resume with the same"):
+        run(tmp_path / "run", *given, resume=True)
+
+
+def test_two_runs_do_not_share_a_folder(folder):
+    with alone_in(folder), pytest.raises(InputError, match=f"another process works in {folder}"):
+        run(folder, *BEGUN, resume=True)
+    run(folder, *BEGUN, resume=True)
+    assert not (folder / LOCK_FILE).exists()

@@ -17,7 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from latentlm.data.corpora import Document
 from latentlm.data.tokenizers import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from latentlm.data.tokens import Tokens, tokenise
 from latentlm.errors import InputError
-from latentlm.files import write_whole
+from latentlm.files import saving, sha256_of, write_whole
+from latentlm.processes import is_main
 
 try:
     import fcntl
@@ -98,9 +99,15 @@ def store_tokens(
             if isinstance(tokenizer, int):
                 tokenizer = _kept_tokenizer(folder, documents, tokenizer)
             if not journal.complete:
-                _write(folder, journal, documents(), tokenizer, on_progress)
-    elif isinstance(tokenizer, int):
-        tokenizer = load_tokenizer(folder / _TOKENIZER)
+                with saving(folder):
+                    _write(folder, journal, documents(), tokenizer, on_progress)
+    else:
+        if is_main():  # it reads all of the files, and one process of many is enough
+            found = _digests(folder)
+            if changed := [name for name, digest in journal.digests.items() if found.get(name) != digest]:
+                raise _damaged(folder, f"{changed[0]} has changed since it was written")
+        if isinstance(tokenizer, int):
+            tokenizer = load_tokenizer(folder / _TOKENIZER)
     return StoredTokens(folder), tokenizer
 
 
@@ -184,8 +191,14 @@ def _write(
                 journal = now
                 _commit(folder, files, journal)
                 on_progress(journal.documents_read, journal.tokens)
-        _commit(folder, files, replace(now, complete=True))
+        _commit(folder, files, now)
+        _write_journal(folder, replace(now, complete=True, digests=_digests(folder)))
         on_progress(now.documents_read, now.tokens)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    names = [*_DTYPES, f"{_TOKENIZER}/tokenizer.json"]
+    return {name: sha256_of(folder / name) for name in names if (folder / name).exists()}
 
 
 def _commit(folder: Path, files: list[Any], journal: "_Journal") -> None:
@@ -200,13 +213,14 @@ def _commit(folder: Path, files: list[Any], journal: "_Journal") -> None:
 
 @dataclass(frozen=True)
 class _Journal:
-    """How far a store is: documents read, of these with tokens, and their tokens."""
+    """How far a store is: documents read, of these with tokens, and their tokens; in the end the files' SHA-256."""
 
     made_of: Mapping[str, Any]
     documents_read: int = 0
     documents: int = 0
     tokens: int = 0
     complete: bool = False
+    digests: Mapping[str, str] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of each file that count."""

@@ -38,7 +38,7 @@ def newest(output: Path) -> tuple[Path | None, str]:
     checkpoints = [Path(path) for path in reversed(sort_checkpoints(str(output)))] if output.is_dir() else []
     damaged: list[str] = []
     for checkpoint in checkpoints:
-        fault = damage(checkpoint)
+        fault = damage(checkpoint, "*.safetensors", "*.json", "*.yaml", "*.pt", "*.pth")
         if fault is None:
             return checkpoint, "; ".join(damaged)
         damaged.append(f"{checkpoint} is not whole ({fault})")

@@ -69,7 +69,8 @@ class ProgressLine(TrainerCallback):
         if not self.console.is_terminal and tenth > self.tenth:
             self.tenth = tenth
             self.console.print(
-                f"{self.name}: step {state.global_step} of {state.max_steps}; {self.figures}", soft_wrap=True
+                "; ".join(filter(None, (f"{self.name}: step {state.global_step} of {state.max_steps}", self.figures))),
+                soft_wrap=True,
             )
 
     def on_train_end(

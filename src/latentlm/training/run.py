@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 from latentlm.data import Collator, load_tokenizer
+from latentlm.data.corpora import source_fingerprint
 from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus
 from latentlm.data.tokenizers import tokenizer_fingerprint
 from latentlm.errors import InputError
-from latentlm.files import damage, saving, write_whole
+from latentlm.files import alone_in, damage, write_whole
 from latentlm.latent_lm import WEIGHTS, LatentLM
 from latentlm.loading import load, no_progress_bars, save
 from latentlm.processes import is_main, main_decides
@@ -24,7 +26,7 @@ from latentlm.training.progress import ProgressLine
 from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
 
-HISTORY_FILE = "history.json"
+HISTORY_FILE, ORDER_FILE = "history.json", "order.json"
 
 
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LatentLM:
@@ -60,6 +62,24 @@ def _check_sharding(arguments: TrainingArguments) -> None:
         raise InputError("accelerate cannot load this model sparingly: set fsdp_cpu_ram_efficient_loading to false.")
 
 
+def _order(recipe: Recipe, arguments: TrainingArguments) -> dict[str, Any]:
+    """What decides which sequences a step has: a run that goes on must have the same."""
+    sequences = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return {
+        "contents of data.source": source_fingerprint(recipe.data.source),
+        "sequences per step": sequences,
+        "training.seed": arguments.seed,
+        "training.data_seed": arguments.data_seed,
+        "training.train_sampling_strategy": str(arguments.train_sampling_strategy),
+    }
+
+
+def _check_same_order(checkpoint: Path, order: Mapping[str, Any]) -> None:
+    before = json.loads((checkpoint / ORDER_FILE).read_text(encoding="utf-8"))
+    if changed := [name for name in order if before.get(name) != order[name]]:
+        raise InputError(f"{checkpoint} was reached with another {', '.join(changed)}: resume with the same.")
+
+
 @dataclass(frozen=True)
 class _Start:
     """Where a run begins: its checkpoint (None: the first step), what to say of it, and whether every step is done.
@@ -72,7 +92,7 @@ class _Start:
     finished: bool = False
 
 
-def _start(recipe: Recipe, output: Path, resume: bool, replace: bool) -> _Start:
+def _start(recipe: Recipe, output: Path, resume: bool, replace: bool, order: Mapping[str, Any]) -> _Start:
     if output.exists() and not output.is_dir():
         raise InputError(f"{output} is a file: name a folder for the run.")
     if not resume:
@@ -86,6 +106,7 @@ def _start(recipe: Recipe, output: Path, resume: bool, replace: bool) -> _Start:
             raise InputError(f"{output} holds a model without checkpoints: there is nothing to resume from.")
         return _Start(remark=f"{output} has no checkpoint yet: starting at the first step")
     _check_same_run(recipe, output)
+    _check_same_order(checkpoint, order)
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     done, wanted = state["global_step"], recipe.training.get("max_steps", -1)
     if 0 < wanted <= done:
@@ -114,37 +135,64 @@ def train(
     corpus: Corpus | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     on_stage: Callable[[str], None] = lambda stage: None,
-) -> tuple[LatentLM, Corpus, list[dict[str, Any]]]:
+) -> tuple[LatentLM, Corpus | None, list[dict[str, Any]]]:
     """Trains a recipe; `output` then holds model, tokenizer, recipe, history, and the last checkpoints.
 
     Of several processes the first one writes.
 
     Args:
-        resume: go on from the newest whole checkpoint in `output`, begin where there is none yet, and do nothing where
-            the run is finished; so one command, given again and again, brings a run that is killed again and again to
-            its end.
+        resume: go on from the newest whole checkpoint in `output`, at the rates of this recipe; begin where there is
+            none yet, and do nothing where the run is finished. So one command, given again and again, brings a run that
+            is killed again and again to its end.
         replace: write over a run that `output` holds, which without it is refused: its checkpoints go at the start (or
             they would be taken for this run's), its model when the new one is whole.
         corpus: the recipe's data, where it is loaded already.
         on_stage: told in words what is being done before the first step.
 
     Returns:
-        The model, its corpus, and the log (one mapping for each logged step).
+        The model, its corpus (None where the run was finished already, and the data was not read), and the log (one
+        mapping for each logged step).
 
     Raises:
-        InputError: `output` holds another run, or no whole checkpoint among those it has; a disk that refuses.
+        InputError: `output` holds another run, or no whole checkpoint among those it has, or another process trains
+            there; the data or its order is not the checkpoint's; a disk that refuses.
         DivergedError: see `LatentTrainer`.
     """
-    seed = recipe.training.get("seed", 0)
     arguments = recipe.training_arguments(output)
+    if recipe.data.unit == "sentences" and "train_sampling_strategy" not in recipe.training:
+        arguments.train_sampling_strategy = "group_by_length"
     arguments.device  # noqa: B018  joins the processes of a launcher
     _check_sharding(arguments)
-    start = main_decides(lambda: _start(recipe, output, resume, replace))
-    if start.remark:
-        on_stage(start.remark)
+    order = main_decides(lambda: _order(recipe, arguments))
+    with ExitStack() as stack:
+
+        def begin() -> _Start:
+            start = _start(recipe, output, resume, replace, order)
+            stack.enter_context(alone_in(output))
+            return start
+
+        start = main_decides(begin)
+        if start.remark:
+            on_stage(start.remark)
+        return _train(recipe, output, arguments, start, order, replace and not resume, corpus, callbacks, on_stage)
+
+
+def _train(
+    recipe: Recipe,
+    output: Path,
+    arguments: TrainingArguments,
+    start: _Start,
+    order: Mapping[str, Any],
+    keep_recipe: bool,
+    corpus: Corpus | None,
+    callbacks: Sequence[TrainerCallback],
+    on_stage: Callable[[str], None],
+) -> tuple[LatentLM, Corpus | None, list[dict[str, Any]]]:
+    if start.finished and start.checkpoint is None:
+        return load(output)[0], corpus, json.loads((output / HISTORY_FILE).read_text(encoding="utf-8"))
     if corpus is None:
         on_stage("reading and tokenising the data")
-        corpus = load_corpus(recipe.data, seed, on_stage)
+        corpus = load_corpus(recipe.data, arguments.seed, on_stage)
     if start.checkpoint is not None and tokenizer_fingerprint(corpus.tokenizer) != tokenizer_fingerprint(
         load_tokenizer(start.checkpoint)
     ):
@@ -154,8 +202,7 @@ def train(
         )
     document = yaml.safe_dump(dict(recipe.document), sort_keys=False)
     if start.finished:
-        if start.checkpoint is None:
-            return load(output)[0], corpus, json.loads((output / HISTORY_FILE).read_text(encoding="utf-8"))
+        assert start.checkpoint is not None
         state = json.loads((start.checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         best = recipe.training.get("load_best_model_at_end") and state["best_model_checkpoint"]
         model, _ = load(best or start.checkpoint)
@@ -163,20 +210,15 @@ def train(
             _write_end(model, corpus, output, document, state["log_history"])
         return model, corpus, state["log_history"]
     model = build_model(recipe, corpus.tokenizer)
-    if is_main():
-        with saving(output):
-            output.mkdir(parents=True, exist_ok=True)
-            if start.checkpoint is None:
-                checkpoints.remove_all(output)
+    if is_main() and start.checkpoint is None:
+        checkpoints.remove_all(output)
         # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
-        if start.checkpoint is None and (resume or not replace):
+        if not keep_recipe:
             write_whole(output / RECIPE_FILE, document)
-    if recipe.data.unit == "sentences" and "train_sampling_strategy" not in recipe.training:
-        arguments.train_sampling_strategy = "group_by_length"
     if arguments.world_size > 1:
         # accelerate would fill the last batches of an epoch up with sequences that other processes have had
         arguments.dataloader_drop_last = True
-        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        batch = order["sequences per step"]
         if not recipe.data.streaming and len(corpus.train) < batch:  # type: ignore[arg-type]
             raise InputError(f"the data has {len(corpus.train)} sequences, less than one batch of {batch}.")  # type: ignore[arg-type]
     trainer = LatentTrainer(
@@ -187,6 +229,7 @@ def train(
         data_collator=Collator(corpus.tokenizer.pad_token_id),
         processing_class=corpus.tokenizer,
         evaluation=recipe.evaluation,
+        beside={RECIPE_FILE: document, ORDER_FILE: json.dumps(order, indent=1)},
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)

@@ -9,12 +9,13 @@ import math
 import pickle
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset, Sampler, Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -29,6 +30,9 @@ from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.processes import gather_rows, is_main
 from latentlm.training import checkpoints
 from latentlm.training.recipe import EVALUATION_FIGURES, EvaluationRecipe
+
+# what of an optimiser's groups is a setting and no state
+_OF_THE_RECIPE = ("initial_lr", "betas", "eps", "weight_decay", "momentum")
 
 
 class LatentTrainer(Trainer):
@@ -49,9 +53,16 @@ class LatentTrainer(Trainer):
 
     model: LatentLM
 
-    def __init__(self, *args: Any, evaluation: EvaluationRecipe | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        evaluation: EvaluationRecipe | None = None,
+        beside: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.evaluation = evaluation or EvaluationRecipe()
+        self.beside = beside or {}  # texts that each checkpoint holds, by their file's name
         self.statistics = _Statistics()
         self.add_callback(_EachStep())
         self._staging: Path | None = None
@@ -107,10 +118,10 @@ class LatentTrainer(Trainer):
         output = Path(self.args.output_dir)
         last = get_last_checkpoint(output) if output.is_dir() else None
         kept = f"the last good checkpoint is {last}" if last else "there is no checkpoint before it"
-        again = "go on with --resume" if last else "start again"
-        return DivergedError(
-            f"training diverged at step {step}: {what}", f"{kept}; lower training.learning_rate and {again}"
-        )
+        advice = "lower training.learning_rate and " + ("go on with --resume" if last else "start again")
+        if hasattr(self.model.config, "inference_lr"):
+            advice += ", or start again with a lower model.inference_lr"
+        return DivergedError(f"training diverged at step {step}: {what}", f"{kept}; {advice}")
 
     def check_weights(self) -> None:
         """Raises DivergedError unless every weight is finite."""
@@ -139,7 +150,16 @@ class LatentTrainer(Trainer):
         if "loss" in logs:
             with gathered(self.model):  # the prior may have weights
                 logs.update(self.statistics.summary(self.state, self.model, start_time))
+        if "train_loss" in logs:  # the Trainer's has only the steps since a resume
+            logs["train_loss"] = self._mean_loss()
         super().log(logs, start_time)
+
+    def _mean_loss(self) -> float:
+        """The loss of a step, on average over those that were logged; NaN where none was."""
+        logged = {entry["step"]: entry["loss"] for entry in self.state.log_history if "loss" in entry}
+        steps = [0, *logged]
+        total = sum(loss * (step - before) for (step, loss), before in zip(logged.items(), steps, strict=False))
+        return total / steps[-1] if logged else math.nan
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -185,6 +205,8 @@ class LatentTrainer(Trainer):
                     self.state.best_model_checkpoint = str(output / name)
                 self.accelerator.wait_for_everyone()
                 if is_main():
+                    for file, text in self.beside.items():
+                        (self._staging / name / file).write_text(text, encoding="utf-8")
                     self.state.save_to_json(str(self._staging / name / "trainer_state.json"))
                     checkpoints.publish(self._staging / name, output)
                     best = self.state.best_model_checkpoint
@@ -200,8 +222,21 @@ class LatentTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # a checkpoint's moments, with the rate, decay and schedule of the recipe that goes on with them
+        ours = [{key: group[key] for key in _OF_THE_RECIPE if key in group} for group in self.optimizer.param_groups]
         with _reading(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = self.lr_scheduler
+        if checkpoint is None or not isinstance(schedule, LambdaLR):
+            return
+        schedule.base_lrs = [settings["initial_lr"] for settings in ours]
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        schedule._last_lr = [base * factor for base, factor in zip(schedule.base_lrs, factors, strict=True)]
+        for group, settings, rate in zip(self.optimizer.param_groups, ours, schedule._last_lr, strict=True):
+            group.update(settings, lr=rate)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Nothing: what its checksums let pass is whole, and tied weights are stored once."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading(checkpoint):
