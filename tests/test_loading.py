@@ -295,6 +295,13 @@ def test_a_failure_leaves_an_older_model_as_it_was(folder, broken):
     assert os.listdir(folder.parent) == ["model"]
 
 
+def test_a_model_and_a_tokenizer_that_save_themselves(tmp_path, tokenizer):
+    model = small_model("ltm", vocab_size=260)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert torch.equal(load(tmp_path)[0].embed_tokens.weight, model.embed_tokens.weight)
+
+
 def test_others_may_read_a_model(tmp_path, tokenizer):
     for _ in range(2):  # a new folder, and one that is there
         save(small_model("ltm", vocab_size=260), tokenizer, tmp_path / "model")

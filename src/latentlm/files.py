@@ -182,10 +182,11 @@ def write_checksums(folder: str | Path, pattern: str = "*") -> None:
         file.write("".join(f"{sha256_of(folder / name)}  {name}\n" for name in names).encode())
 
 
-def damage(folder: str | Path, *patterns: str) -> str | None:
+def damage(folder: str | Path, *patterns: str, all_listed: bool = True) -> str | None:
     """What is wrong with a folder by its SHA256SUMS, of the files that match a pattern (or of all); None if nothing is.
 
-    A file that matches a pattern and is not listed there is wrong, too.
+    Args:
+        all_listed: a file that matches a pattern and is not listed there is wrong, too.
     """
     folder = Path(folder)
     try:
@@ -198,7 +199,7 @@ def damage(folder: str | Path, *patterns: str) -> str | None:
     except (OSError, ValueError):
         return f"its {CHECKSUMS_FILE} cannot be read"
     unlisted = {path.name for pattern in patterns for path in folder.glob(pattern)} - listed.keys()
-    if unlisted or not listed:
+    if (unlisted and all_listed) or not listed:
         return f"its {CHECKSUMS_FILE} does not list {min(unlisted, default='any file')}"
     for name, digest in listed.items():
         path = folder / name

@@ -124,7 +124,11 @@ def _check_folder(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} has no readable config.json with a model_type: it is no saved model.") from error
     known = {family.config_class.model_type: name for name, family in FAMILIES.items()}
-    if (folder / CHECKSUMS_FILE).exists() and (fault := damage(folder, WEIGHTS, "tokenizer.json")):
+    fault = None
+    if (folder / CHECKSUMS_FILE).exists():
+        # a tokenizer that was saved by itself, after the model, is not listed
+        fault = damage(folder, WEIGHTS) or damage(folder, "tokenizer.json", all_listed=False)
+    if fault:
         raise InputError(
             f"{folder} is no whole model ({fault}): train on with --resume, take a checkpoint, "
             f"or delete its {CHECKSUMS_FILE} if you changed it yourself."
