@@ -10,7 +10,6 @@ from typing import TypedDict
 
 import numpy as np
 import torch
-import torch.distributed
 from jaxtyping import Int32, Int64
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
@@ -20,6 +19,7 @@ from latentlm.data.corpora import Document
 from latentlm.data.tokenizers import bos_and_eos
 from latentlm.data.tokens import Tokens, tokenise
 from latentlm.errors import InputError
+from latentlm.processes import rank_and_size
 
 IGNORE_INDEX = -100
 _MEGA_CHUNK_BATCHES = 50  # lengths are sorted within this many batches: similar lengths, yet a random order
@@ -146,8 +146,7 @@ class StreamedBlocks(IterableDataset[Item]):
 
     def blocks_of(self, epoch: int) -> Iterator[Item]:
         """This process' blocks in one epoch's order."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank, ranks = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+        rank, ranks = rank_and_size()
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         own = self._own_blocks(rank, ranks, worker, workers)
