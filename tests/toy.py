@@ -30,6 +30,7 @@ _COMMON: dict[str, Any] = {
 }
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "autoregressive": {},
+    "gpt_vae": {"latent_size": 6, "encoder_layers": 1, "sliding_window": None},
     "ltm": {
         "latents_per_layer": 3,
         "latent_size": 8,
@@ -58,6 +59,9 @@ def small_model(family: str, *, seed: int = 0, **changes: Any) -> LatentLM:
 # each family as it comes, and each way in which it may differ
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
+    "two latent tokens": ("gpt_vae", {"latent_tokens": 2, "pooling": "attention"}),
+    "cooperative gpt_vae": ("gpt_vae", {"inference": "cooperative", "inference_steps": 2, "pooling": "last"}),
+    "gradient gpt_vae": ("gpt_vae", {"inference": "gradient", "inference_steps": 2}),
     "memory": ("autoregressive", {"memory_per_layer": 3, "memory_size": 8}),
     "amortised": ("ltm", {"inference": "amortised", "encoder_layers": 1}),
     "cooperative": ("ltm", {"inference": "cooperative", "inference_steps": 2, "encoder_layers": 1}),

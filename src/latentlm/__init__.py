@@ -1,16 +1,19 @@
 """latentlm: language models with a latent space, trained, measured honestly, steered and probed."""
 
+from latentlm.config import LatentLMConfig
 from latentlm.errors import InputError
-from latentlm.families import LTM, Autoregressive, AutoregressiveConfig, LTMConfig
-from latentlm.latent_lm import LatentLM, LatentLMConfig, LatentLMOutput
+from latentlm.families import GPTVAE, LTM, Autoregressive, AutoregressiveConfig, GPTVAEConfig, LTMConfig
+from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.loading import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GPTVAE",
     "LTM",
     "Autoregressive",
     "AutoregressiveConfig",
+    "GPTVAEConfig",
     "InputError",
     "LTMConfig",
     "LatentLM",

@@ -12,9 +12,10 @@ from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from latentlm.config import LatentLMConfig
 from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError, shown
-from latentlm.latent_lm import LatentLM, LatentLMConfig, LatentLMOutput
+from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.layers import self_cache, token_log_likelihood
 
 # a slip of the hand; a billion layers would be built one by one before memory runs out
@@ -32,6 +33,9 @@ class CausalConfig(LatentLMConfig):
         max_position_embeddings: the longest text, T, in tokens after BOS.
         sliding_window: tokens that self-attention sees, itself included; None for all.
         dropout: on attention weights and on what each sub-layer adds; training only.
+        word_dropout: share of the tokens after BOS that the decoder does not see as input (their embedding is 0) while
+            training, so that it has to ask z (Bowman et al. 2016, arXiv 1511.06349, section 3.1, where they become
+            UNK). Inference sees all of them.
     """
 
     hidden_size: int = 512
@@ -41,6 +45,7 @@ class CausalConfig(LatentLMConfig):
     max_position_embeddings: int = 1024
     sliding_window: int | None = 256
     dropout: float | int = 0.0
+    word_dropout: float | int = 0.0
     rope_theta: float | int = 10000.0
     rms_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
@@ -82,6 +87,8 @@ class CausalConfig(LatentLMConfig):
             raise ValueError(f"sliding_window must be at least 1, or null for none, not {self.sliding_window}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if not 0 <= self.word_dropout <= 1:
+            raise ValueError(f"word_dropout must be between 0 and 1, not {self.word_dropout}")
 
 
 class CausalLatentLM(LatentLM, GenerationMixin):
@@ -353,12 +360,16 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         keys = keys + (keys[:, None] == keys[None]).tril(-1).sum(1)
         prior = self.prior(len(input_ids), lengths + max_new_tokens, condition)
         latents = self.draw_latents(prior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
-        prompted = lengths > 0
+        prompted = (lengths > 0) | self.infers_from(condition)
         if bool(prompted.any()):
             posterior = self.infer(input_ids, attention_mask, condition, seed=noise_seed)
             inferred = self.draw_latents(posterior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
             latents = torch.where(prompted.view(1, -1, *[1] * self.latent_dims), inferred, latents)
         return latents.transpose(0, 1).flatten(0, 1)
+
+    def infers_from(self, condition: Any) -> bool:
+        """Whether a condition says of itself what z is, so that a text that begins with BOS alone infers it, too."""
+        return False
 
     def _bos(self) -> int:
         if self.config.bos_token_id is None:
@@ -367,9 +378,21 @@ class CausalLatentLM(LatentLM, GenerationMixin):
 
     # ---- for the families ----------------------------------------------------------------------------------------
 
-    def _positions(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """Positions [batch or 1, time] that count real tokens, so that padding on the left moves nothing."""
-        seen = 0 if cache is None else cache.get_seq_length()
+    def embedded(self, input_ids: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time hidden"]:
+        """What the decoder reads: embeddings of tokens, less those that word dropout takes."""
+        x = self.embed_tokens(input_ids)
+        if not (self.training and self.config.word_dropout):
+            return x
+        seen = torch.rand(input_ids.shape, device=x.device) >= self.config.word_dropout
+        return x * (seen | (input_ids == self.config.bos_token_id))[..., None]
+
+    @staticmethod
+    def _positions(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
+        """Positions [batch or 1, time] that count real tokens, so that padding on the left moves nothing.
+
+        Args:
+            seen: tokens before these.
+        """
         if attention_mask is None:
             return torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
         return (attention_mask.cumsum(1) - 1).clamp_min(0)[:, seen : seen + input_ids.shape[1]]

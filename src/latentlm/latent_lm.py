@@ -7,82 +7,28 @@
 A sequence is `input_ids` = BOS x_1 … x_T. BOS is given and never scored; every family scores exactly x_1 … x_T.
 """
 
-import difflib
 import math
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from latentlm.config import LatentLMConfig
 from latentlm.distributions import Stream, kl_per_dimension, sample_from_noise, sequence_keys, sequence_noise
 from latentlm.errors import InputError, one_sentence
 from latentlm.files import write_checksums
-from latentlm.objective import elbo, free_bits
-from latentlm.schedules import warm_up
+from latentlm.objective import elbo, free_bits, kl_distance
+from latentlm.schedules import controlled, cyclical, warm_up
 
 #: the files of a saved model that hold weights
 WEIGHTS = "*.safetensors"
-# what transformers itself hands to a configuration beside the fields
-_TRANSFORMERS_KEYS = {
-    "_attn_implementation_internal",
-    "_commit_hash",
-    "_experts_implementation_internal",
-    "_name_or_path",
-    "attn_implementation",
-    "auto_map",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "per_layer_config",
-    "torch_dtype",
-}
-
-
-@strict
-class LatentLMConfig(PreTrainedConfig):
-    """Fields of every family.
-
-    Args:
-        vocab_size: number of tokens of the vocabulary.
-        beta: weight of the KL in the training objective; 1 trains the ELBO.
-        beta_warmup: fraction of training over which the weight rises linearly from 0 to `beta`.
-        free_bits: nats that each latent dimension has for free in the training objective; see `objective.free_bits`.
-
-    Raises:
-        InputError: a key that is no field (transformers would keep it silently).
-    """
-
-    vocab_size: int = 50257
-    beta: float | int = 1.0
-    beta_warmup: float | int = 0.0
-    free_bits: float | int = 0.0
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-    pad_token_id: int | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        known = {field.name for field in fields(self)}
-        for key in kwargs.keys() - _TRANSFORMERS_KEYS:
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"its fields are {', '.join(sorted(known))}."
-            raise InputError(f"{type(self).__name__} has no field {key!r}: {hint}")
-        super().__post_init__(**kwargs)
-
-    def validate_objective(self) -> None:
-        """Part of the validation of `@strict`."""
-        for name in ("beta", "free_bits"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
-        if not 0 <= self.beta_warmup <= 1:
-            raise ValueError(f"beta_warmup is a fraction of training between 0 and 1, not {self.beta_warmup}")
+# where a controller's β begins and how low it may go, as shares of the highest
+_FIRST_BETA, _LEAST_BETA = 0.01, 1e-4
 
 
 @dataclass
@@ -143,12 +89,16 @@ class LatentLM(PreTrainedModel):
         self._inference_in_training: dict[str, Any] = {}
         # saved with the weights, so that a checkpoint infers at the rate of the moment it was taken
         self.register_buffer("training_progress", torch.zeros(()))
+        if config.kl_target is not None:
+            self.register_buffer("controlled_beta", torch.zeros(()))
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         super()._init_weights(module)
         if module is self and not getattr(self.training_progress, "_is_hf_initialized", False):
             with torch.no_grad():
                 self.training_progress.zero_()
+                if self.config.kl_target is not None:
+                    self.controlled_beta.fill_(_FIRST_BETA * self.config.beta)
 
     # ---- the three sentences -------------------------------------------------------------------------------------
 
@@ -208,8 +158,30 @@ class LatentLM(PreTrainedModel):
 
     @property
     def beta(self) -> float:
-        """The KL's weight at this moment of training."""
-        return self.config.beta * warm_up(float(self.training_progress), self.config.beta_warmup)
+        """The KL's weight at this moment of training; 0 while the encoder is pre-trained (negative progress)."""
+        config, progress = self.config, float(self.training_progress)
+        if progress < 0:
+            return 0.0
+        if config.kl_target is not None:
+            return float(self.controlled_beta)
+        if config.beta_cycles:
+            return config.beta * cyclical(progress, config.beta_cycles, *config.beta_cycle_ratios[:2])
+        return config.beta * warm_up(progress, config.beta_warmup)
+
+    def observe_kl(self, kl_per_sequence: float) -> None:
+        """Tells the controller of β, if there is one, the KL of a step of training: the mean over its global batch."""
+        if self.config.kl_target is not None and float(self.training_progress) >= 0:
+            least, most = _LEAST_BETA * self.config.beta, self.config.beta
+            beta = controlled(float(self.controlled_beta), kl_per_sequence, self.config.kl_target, least, most)
+            self.controlled_beta.fill_(beta)
+
+    def kl_charge(self, posterior: Distribution, prior: Distribution) -> Float[Tensor, " batch"]:
+        """What the training objective takes for KL(q ‖ p), in nats: the KL, less what is free, or off its threshold."""
+        config = self.config
+        if config.free_bits:
+            return free_bits(kl_per_dimension(posterior, prior), config.free_bits, config.free_bits_per)
+        kl = kl_divergence(posterior, prior)
+        return kl if config.kl_threshold is None else kl_distance(kl, config.kl_threshold)
 
     def forward(
         self,
@@ -239,18 +211,20 @@ class LatentLM(PreTrainedModel):
         else:
             inference = TrainingInference(self.infer(input_ids, attention_mask, condition, seed=seed))
         posterior, latents, kl = inference.posterior, inference.latents, None
+        keys = sequence_keys(input_ids, attention_mask)
+        kept = self._keeps_latent(keys, seed)
         if posterior is not None:
-            keys = sequence_keys(input_ids, attention_mask)
             noise = sequence_noise(keys, tuple(posterior.event_shape), seed=seed, stream=Stream.SCORE)
             latents = sample_from_noise(posterior, noise)
             kl = kl_divergence(posterior, prior)
         assert latents is not None
-        log_likelihood = self.log_likelihood(latents, input_ids, attention_mask, condition).sum(-1)
+        decoded = latents if kept is None else latents * kept.view(-1, *[1] * self.latent_dims)
+        log_likelihood = self.log_likelihood(decoded, input_ids, attention_mask, condition).sum(-1)
         if kl is None:
             bound = log_likelihood + _gradient_alone(prior.log_prob(latents))
         elif self.training and posterior is not None:
-            free = self.config.free_bits
-            bound = elbo(log_likelihood, free_bits(kl_per_dimension(posterior, prior), free) if free else kl, self.beta)
+            charge = self.kl_charge(posterior, prior)
+            bound = elbo(log_likelihood, charge if kept is None else charge * kept, self.beta)
         else:
             bound = elbo(log_likelihood, kl)
         if inference.loss is not None:
@@ -263,6 +237,13 @@ class LatentLM(PreTrainedModel):
             latents=latents,
             posterior_mean=None if posterior is None else posterior.mean,
         )
+
+    def _keeps_latent(self, keys: Int64[Tensor, " batch"], seed: int) -> Bool[Tensor, " batch"] | None:
+        """Which sequences are decoded with their latent; None for all of them."""
+        if not (self.training and self.config.latent_dropout):
+            return None
+        noise = sequence_noise(keys, (1,), seed=seed, stream=Stream.DROPOUT)[:, 0]
+        return torch.special.ndtr(noise) >= self.config.latent_dropout
 
     def infer_for_training(
         self,

@@ -5,6 +5,7 @@ log p(x) ≥ E log (1/K) Σ_k p(x | z_k) p(z_k) / q(z_k | x),  z_1 … z_K ~ q  
 """
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ def elbo(
 
     Args:
         log_likelihood: log p(x | z) summed over the sequence's tokens, for one or more z ~ q(z | x).
-        kl: KL(q(z | x) ‖ p(z)), or what `free_bits` charges for it.
+        kl: KL(q(z | x) ‖ p(z)), or what `free_bits` or `kl_distance` charges for it.
         beta: weight of the KL; only beta = 1 is a bound on log p(x) (Higgins et al. 2017, eq. 4).
 
     Raises:
@@ -58,12 +59,28 @@ def _no_nan(bound: Tensor, name: str) -> Tensor:
     return bound
 
 
-def free_bits(kl_per_dimension: Float[Tensor, "batch *event"], nats_per_dimension: float) -> Float[Tensor, " batch"]:
-    """What the objective charges for the KL when every latent dimension has some nats for free.
+def free_bits(
+    kl_per_dimension: Float[Tensor, "batch *event"], nats: float, per: Literal["dimension", "latent"] = "dimension"
+) -> Float[Tensor, " batch"]:
+    """What the objective charges for the KL when every part of the latent has some nats for free.
 
-    charge_b = Σ_d max(KL_bd, λ): a dimension whose KL is under λ costs λ and has no gradient, so nothing pushes it
-    towards the prior. The floor is per sequence and per dimension. Kingma et al. 2016 (appendix C.8) put the floor
-    under the mean over the mini-batch instead; that ties a sequence's loss to its neighbours, so accumulation and
-    processes would change it. The charge is for optimising: figures always report the raw KL.
+    charge_b = Σ_j max(KL_bj, λ): a part whose KL is under λ costs λ and has no gradient, so nothing pushes it towards
+    the prior. The floor is per sequence and per part. Kingma et al. 2016 (appendix C.8) put the floor under the mean
+    over the mini-batch instead; that ties a sequence's loss to its neighbours, so accumulation and processes would
+    change it. The charge is for optimising: figures always report the raw KL.
+
+    Args:
+        nats: λ.
+        per: a part j is a "dimension", each number of the latent; or a "latent", each of its vectors (the last event
+            dimension), which may then keep its nats in whichever dimensions serve it best.
     """
-    return kl_per_dimension.clamp_min(nats_per_dimension).flatten(1).sum(1)
+    parts = kl_per_dimension.sum(-1, keepdim=True) if per == "latent" else kl_per_dimension
+    return parts.clamp_min(nats).flatten(1).sum(1)
+
+
+def kl_distance(kl: Float[Tensor, " batch"], nats: float) -> Float[Tensor, " batch"]:
+    """What the objective charges where each sequence's KL is held near a threshold C: |KL − C|.
+
+    Burgess et al. 2018 (arXiv 1804.03599, equation 8). Unlike free bits it also pushes a KL below C up.
+    """
+    return (kl - nats).abs()

@@ -1,3 +1,4 @@
+from dataclasses import fields
 from itertools import product
 
 import pytest
@@ -17,9 +18,10 @@ from torch.distributions import kl_divergence
 from transformers import AutoModel
 
 from latentlm import LTM, InputError, LTMConfig
-from latentlm.distributions import Stream, diagonal_gaussian, sequence_keys, sequence_noise
+from latentlm.distributions import Stream, diagonal_gaussian, kl_per_dimension, sequence_keys, sequence_noise
 from latentlm.inference import infer_by_gradient, langevin
 from latentlm.latent_lm import number_of_parameters
+from latentlm.objective import free_bits
 
 OBJECTIVES = [{}, {"beta": 0.3}, {"free_bits": 0.4}, {"beta": 2.0, "free_bits": 0.2}]
 
@@ -304,7 +306,7 @@ def cooperative_objective(model, input_ids, mask, seed, objective):
         start_log_variance=log_variance.detach(),
         seed=seed,
         beta=beta,
-        nats_free_per_dimension=free,
+        charge=lambda posterior, prior: free_bits(kl_per_dimension(posterior, prior), free),
         **steps_of(model),
     )
     noise = sequence_noise(sequence_keys(input_ids, mask), model.latent_shape, seed=seed, stream=Stream.INFERENCE)
@@ -571,7 +573,8 @@ def test_changing_the_inference_is_having_been_configured_so():
         assert weights.keys() == gradients(model).keys()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert all(getattr(model.config, name) == value for name, value in changes.items())
-        values = {name: getattr(model.config, name) for name in LTMConfig.__annotations__ if name.startswith("inf")}
+        names = [f.name for f in fields(LTMConfig) if f.name.startswith("inf")]
+        values = {name: getattr(model.config, name) for name in names}
         fresh = small_variant("cooperative", **values)
         fresh.load_state_dict(model.state_dict(), strict=values["inference"] != "gradient")
         found = model(texts(2, 8)).posterior_mean

@@ -8,6 +8,7 @@ from tests.toy import linear_gaussian, padded, small_model, texts, three_verbs
 from torch import nn
 from torch.distributions import kl_divergence
 
+from latentlm import variational
 from latentlm.distributions import (
     Stream,
     diagonal_gaussian,
@@ -17,8 +18,8 @@ from latentlm.distributions import (
     sequence_noise,
     standard_normal,
 )
-from latentlm.families import ltm as ltm_family
 from latentlm.inference import infer_by_gradient
+from latentlm.objective import free_bits
 
 
 def infer(model, input_ids, attention_mask=None, *, steps=4, rate=0.1, start=None, **options):
@@ -82,6 +83,11 @@ def test_it_raises_the_bound(toy):
     assert bounds[0] + 0.2 < bounds[1] < bounds[2] - 0.5
 
 
+def free_of(nats):
+    """A charge for the KL with so many nats free for each dimension."""
+    return lambda posterior, prior: free_bits(kl_per_dimension(posterior, prior), nats)
+
+
 # ---- its steps are Adam's --------------------------------------------------------------------------------------------
 
 
@@ -134,7 +140,9 @@ def test_every_step_is_adams(toy, options):
     def rate(step):
         return 0.1 / (1 + step)
 
-    given = {("nats_free_per_dimension" if key == "free" else key): value for key, value in options.items()}
+    given = {key: value for key, value in options.items() if key != "free"}
+    if "free" in options:
+        given["charge"] = free_of(options["free"])
     for steps in (0, 1, 2, 8):
         found = infer(model, input_ids, mask, steps=steps, start=start, learning_rate=rate, **given)
         mean, log_variance = reference(model, input_ids, mask, steps=steps, rate=rate, start=start, **options)
@@ -223,7 +231,7 @@ def test_the_rate_follows_the_steps_of_an_inference(monkeypatch, changes, rates)
             *args, learning_rate=lambda step: used.append(learning_rate(step)) or used[-1], **kwargs
         )
 
-    monkeypatch.setattr(ltm_family, "infer_by_gradient", spy)
+    monkeypatch.setattr(variational, "infer_by_gradient", spy)
     small_model("ltm", **{"inference_lr": 0.3, **changes}).infer(texts(1, 4))
     assert used == pytest.approx(rates, abs=1e-12)
 
@@ -236,7 +244,7 @@ def test_training_mode_serves_the_training_objective(ltm):
         model = small_model("ltm", **changes)
         assert torch.equal(model.infer(input_ids).mean, honest.mean)
         beta, free = changes.get("beta", 1.0), changes.get("free_bits", 0.0)
-        expected = infer(model, input_ids, learning_rate=model._inference_rate, beta=beta, nats_free_per_dimension=free)
+        expected = infer(model, input_ids, learning_rate=model._inference_rate, beta=beta, charge=free_of(free))
         assert torch.equal(model.train().infer(input_ids).mean, expected.mean)
         assert not torch.equal(expected.mean, honest.mean)
 
@@ -471,7 +479,7 @@ def test_free_bits_need_a_prior_that_factorises():
     model = linear_gaussian()
     model.prior = lambda *args: torch.distributions.MultivariateNormal(torch.zeros(2, 3), torch.eye(3))
     with pytest.raises(TypeError, match="factorise"):
-        infer(model, texts(2, 4), nats_free_per_dimension=0.1, start=(torch.zeros(2, 3), torch.zeros(2, 3)))
+        infer(model, texts(2, 4), charge=free_of(0.1), start=(torch.zeros(2, 3), torch.zeros(2, 3)))
 
 
 def test_kl_per_dimension_is_what_free_bits_floors():

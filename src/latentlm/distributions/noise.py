@@ -33,6 +33,7 @@ class Stream(IntEnum):
     GENERATION = 4
     LANGEVIN = 5
     CONTINUATION = 6
+    DROPOUT = 7
 
 
 def _signed(value: int) -> int:

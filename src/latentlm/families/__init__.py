@@ -3,13 +3,14 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from latentlm.families.autoregressive import Autoregressive, AutoregressiveConfig
+from latentlm.families.gpt_vae import GPTVAE, GPTVAEConfig
 from latentlm.families.ltm import LTM, LTMConfig
 
-FAMILIES = {"ltm": LTM, "autoregressive": Autoregressive}
+FAMILIES = {"ltm": LTM, "gpt_vae": GPTVAE, "autoregressive": Autoregressive}
 
 for _family in FAMILIES.values():
     AutoConfig.register(_family.config_class.model_type, _family.config_class)
     AutoModel.register(_family.config_class, _family)
     AutoModelForCausalLM.register(_family.config_class, _family)
 
-__all__ = ["FAMILIES", "LTM", "Autoregressive", "AutoregressiveConfig", "LTMConfig"]
+__all__ = ["FAMILIES", "GPTVAE", "LTM", "Autoregressive", "AutoregressiveConfig", "GPTVAEConfig", "LTMConfig"]

@@ -92,10 +92,11 @@ class Autoregressive(CausalLatentLM):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
-        x = self.embed_tokens(input_ids)
+        x = self.embedded(input_ids)
         mask = self._mask(x, attention_mask, past_key_values)
         if position_ids is None:
-            position_ids = self._positions(input_ids, attention_mask, past_key_values)
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = self._positions(input_ids, attention_mask, seen)
         width = self.config.hidden_size // self.config.num_attention_heads
         positions = rotation(position_ids, width, self.config.rope_theta)
         memory, memory_positions = None, None

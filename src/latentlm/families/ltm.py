@@ -28,15 +28,13 @@ from latentlm.distributions import (
     standard_normal,
 )
 from latentlm.errors import InputError
-from latentlm.inference import infer_by_gradient, langevin
-from latentlm.latent_lm import TrainingInference
 from latentlm.layers import AttentionPooling, BidirectionalEncoder, TransformerBlock, rotation
 from latentlm.objective import elbo
-from latentlm.schedules import linear
+from latentlm.variational import VariationalConfig, VariationalLM
 
 
 @strict
-class LTMConfig(CausalConfig):
+class LTMConfig(CausalConfig, VariationalConfig):
     """Latent-Thought Language Model.
 
     The defaults of its inference are those of our study (docs/results.md, recipes/sweeps/ltm-inference.yaml); the
@@ -51,21 +49,8 @@ class LTMConfig(CausalConfig):
             The model's latent is then z_0: p(x) = ∫ N(z_0; 0, I) p(x | f(z_0)) dz_0 needs no density of z, and every
             bound is the ordinary one.
         prior_layers: of that Transformer.
-        inference: how q(z | x) is found. "gradient" is the paper's; "amortised" reads it off an encoder; "cooperative"
-            takes `inference_steps` gradient steps from the encoder's q, and the encoder learns from its own ELBO and
-            from where the steps led; "langevin" trains the weights on samples of `langevin_steps` and infers by
-            gradient for everything else, since such samples have no density; β and free bits do not enter.
-        encoder_layers: of the encoder's Transformer, which reads the decoder's embeddings and does not train them.
-        inference_steps: T_fast.
-        inference_lr: Adam's rate on (μ, log σ²) at the beginning of training.
-        inference_lr_final: the rate at the end of training; linear between (appendix A.2). None keeps it constant.
-        inference_lr_decay: rate of an inference's last step as a fraction of its first; linear between, 1 for none.
-        inference_epsilon: Adam's ε on (μ, log σ²), in nats per unit; see `infer_by_gradient`.
-        inference_start: where gradient steps begin that have no encoder. "prior" is the prior's mean and variance;
-            "fixed" is μ = 0 with `inference_start_log_variance`; "learned" is a parameter for each dimension, trained
-            by the gradient at the final (μ, log σ²).
-        inference_start_log_variance: log σ² of the "fixed" start, and what a "learned" start and an encoder begin from.
-        langevin_steps, langevin_step_size, langevin_temperature: see `inference.langevin`.
+        inference: "gradient" is the paper's; see `VariationalConfig` for it and the fields beside it. An encoder reads
+            the decoder's embeddings and does not train them.
     """
 
     model_type = "latentlm_ltm"
@@ -75,18 +60,6 @@ class LTMConfig(CausalConfig):
     shared_latents: bool = False
     latent_prior: Literal["standard", "diagonal", "transformer"] = "standard"
     prior_layers: int = 2
-    encoder_layers: int = 2
-    inference: Literal["gradient", "amortised", "cooperative", "langevin"] = "gradient"
-    inference_steps: int = 4
-    inference_lr: float | int = 0.5
-    inference_lr_final: float | int | None = None
-    inference_lr_decay: float | int = 0.2
-    inference_epsilon: float | int = 0.3
-    inference_start: Literal["prior", "fixed", "learned"] = "prior"
-    inference_start_log_variance: float | int = 0.0
-    langevin_steps: int = 16
-    langevin_step_size: float | int = 0.05
-    langevin_temperature: float | int = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.latent_size is None:
@@ -95,26 +68,9 @@ class LTMConfig(CausalConfig):
 
     def validate_latents(self) -> None:
         """Part of the validation of `@strict`."""
-        for name, least in (
-            ("latents_per_layer", 1),
-            ("latent_size", 1),
-            ("prior_layers", 1),
-            ("encoder_layers", 1),
-            ("inference_steps", 0),
-            ("langevin_steps", 1),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        for name in ("inference_epsilon", "langevin_step_size"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
-        for name in ("inference_lr", "inference_lr_final", "inference_lr_decay", "langevin_temperature"):
-            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
-        if self.inference == "langevin" and self.inference_start == "learned":
-            raise ValueError("inference langevin trains no start: set inference_start to prior or fixed")
-        if not math.isfinite(self.inference_start_log_variance):
-            raise ValueError("inference_start_log_variance must be finite")
+        for name in ("latents_per_layer", "latent_size", "prior_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
     @classmethod
     def preset(cls, size: Literal["small", "medium", "large"], **changes: Any) -> "LTMConfig":
@@ -174,18 +130,19 @@ class LatentTransformer(nn.Module):
         return (flat + self.output(x)).view_as(latents)
 
 
-class LTM(CausalLatentLM):
+class LTM(CausalLatentLM, VariationalLM):
     """Transformer decoder whose layer l attends to its own latents z_l [N_z, latent_size]."""
 
     config: LTMConfig
     config_class = LTMConfig
     latent_dims = 3
+    encoder_weights = ("encoder", "embed_tokens")
 
     def __init__(self, config: LTMConfig):
         super().__init__(config)
         assert config.latent_size is not None  # set by the config
         sets = 1 if config.shared_latents else config.num_hidden_layers
-        self.latent_shape = (sets, config.latents_per_layer, config.latent_size)
+        latent_shape = (sets, config.latents_per_layer, config.latent_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             TransformerBlock(config, index, latent_size=config.latent_size) for index in range(config.num_hidden_layers)
@@ -193,29 +150,21 @@ class LTM(CausalLatentLM):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.latent_prior == "diagonal":
-            self.prior_mean = nn.Parameter(torch.zeros(self.latent_shape))
-            self.prior_log_variance = nn.Parameter(torch.zeros(self.latent_shape))
+            self.prior_mean = nn.Parameter(torch.zeros(latent_shape))
+            self.prior_log_variance = nn.Parameter(torch.zeros(latent_shape))
         if config.latent_prior == "transformer":
-            self.latent_transformer = LatentTransformer(config, self.latent_shape)
-        if config.inference in ("amortised", "cooperative"):
-            self.encoder = LatentEncoder(config, self.latent_shape)
-        elif config.inference_start == "learned":
-            self.start_mean = nn.Parameter(torch.zeros(self.latent_shape))
-            self.start_log_variance = nn.Parameter(torch.zeros(self.latent_shape))
+            self.latent_transformer = LatentTransformer(config, latent_shape)
+        self.add_inference(LatentEncoder, latent_shape)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        start = self.config.inference_start_log_variance
-        if module is self:
-            for name, value in (("prior_mean", 0), ("prior_log_variance", 0), ("start_mean", 0)):
-                if hasattr(self, name):
-                    nn.init.constant_(getattr(self, name), value)
-            if hasattr(self, "start_log_variance"):
-                nn.init.constant_(self.start_log_variance, start)
+        if module is self and self.config.latent_prior == "diagonal":
+            nn.init.zeros_(self.prior_mean)
+            nn.init.zeros_(self.prior_log_variance)
         elif isinstance(module, LatentEncoder):
             nn.init.zeros_(module.mean)
-            nn.init.constant_(module.log_variance, start)
+            nn.init.constant_(module.log_variance, self.config.inference_start_log_variance)
         elif isinstance(module, FromZero):
             nn.init.zeros_(module.weight)
 
@@ -225,55 +174,10 @@ class LTM(CausalLatentLM):
         shape = (batch_size, *self.latent_shape)
         return diagonal_gaussian(self.prior_mean.expand(shape), self.prior_log_variance.expand(shape))
 
-    def infer(
-        self,
-        input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch time"] | None = None,
-        condition: Any = None,
-        *,
-        seed: int = 0,
-    ) -> Independent:
-        start = self._start(input_ids, attention_mask)
-        if self.config.inference == "amortised":
-            return diagonal_gaussian(*start)
-        return self._refine(start, input_ids, attention_mask, condition, seed=seed)
-
-    def infer_for_training(
-        self,
-        input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch time"] | None = None,
-        condition: Any = None,
-        *,
-        seed: int,
-    ) -> TrainingInference:
-        config = self.config
-        if config.inference == "langevin":
-            latents = langevin(
-                self,
-                input_ids,
-                attention_mask,
-                condition,
-                steps=config.langevin_steps,
-                step_size=config.langevin_step_size,
-                temperature=config.langevin_temperature,
-                seed=seed,
-            )
-            return TrainingInference(latents=latents)
-        if config.inference != "cooperative" or not config.inference_steps:
-            return TrainingInference(self.infer(input_ids, attention_mask, condition, seed=seed))
-        start = self._start(input_ids, attention_mask)
-        at_start: list[tuple[Tensor, Tensor]] = []
-
-        def keep_first(step: int, objective: Tensor, gradients: tuple[Tensor, Tensor]) -> None:
-            if step == 0:
-                at_start.append(gradients)
-
-        detached = (start[0].detach(), start[1].detach())
-        posterior = self._refine(detached, input_ids, attention_mask, condition, seed=seed, on_step=keep_first)
-        # the first step has the gradient of the encoder's own ELBO in its (μ, log σ²): the chain rule does the rest, so
-        # the encoder learns from its ELBO without another pass of the decoder
-        own_bound = sum((part * gradient).flatten(1).sum(1) for part, gradient in zip(start, at_start[0], strict=True))
-        return TrainingInference(posterior, loss=kl_divergence(posterior, diagonal_gaussian(*start)) - own_bound)
+    def encode(
+        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
+    ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
+        return self.encoder(self.embed_tokens(input_ids).detach(), attention_mask)
 
     def published_elbo(
         self,
@@ -295,27 +199,6 @@ class LTM(CausalLatentLM):
         log_likelihood = self.log_likelihood(sample_from_noise(posterior, noise), input_ids, attention_mask).sum(-1)
         return elbo(log_likelihood, kl_divergence(posterior, self.prior(len(input_ids), 1)))
 
-    def change_inference(self, **changes: Any) -> None:
-        """As `LatentLM.change_inference`; `inference_lr` alone holds from then on, whatever training's schedule was.
-
-        Raises:
-            InputError: also for a setting that this inference does not read, so that nobody takes it for tried.
-        """
-        if "inference_lr" in changes:
-            changes.setdefault("inference_lr_final", None)
-        inference = changes.get("inference", self.config.inference)
-        start = changes.get("inference_start", self.config.inference_start)
-        unread = set()
-        if inference == "amortised":
-            unread = changes.keys() - {"inference"}
-        elif inference == "cooperative":
-            unread = {"inference_start", "inference_start_log_variance"}
-        elif start != "fixed":
-            unread = {"inference_start_log_variance"}
-        for name in sorted(unread & changes.keys()):
-            raise InputError(f"{name} changes nothing where inference is {inference} and its start {start}.")
-        super().change_inference(**changes)
-
     def hidden_states(
         self,
         latents: Float[Tensor, "batch layers latents size"],
@@ -328,10 +211,11 @@ class LTM(CausalLatentLM):
             raise InputError(
                 f"latents [batch, …] of shape {list(latents.shape)} must end in {list(self.latent_shape)}."
             )
-        x = self.embed_tokens(input_ids)
+        x = self.embedded(input_ids)
         mask = self._mask(x, attention_mask, past_key_values)
         if position_ids is None:
-            position_ids = self._positions(input_ids, attention_mask, past_key_values)
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = self._positions(input_ids, attention_mask, seen)
         width = self.config.hidden_size // self.config.num_attention_heads
         positions = rotation(position_ids, width, self.config.rope_theta)
         latent_positions = rotation(self._spread(self.config.latents_per_layer), width, self.config.rope_theta)
@@ -344,55 +228,6 @@ class LTM(CausalLatentLM):
 
     def new_cache(self) -> Cache:
         return EncoderDecoderCache(token_cache(self.config), DynamicCache())
-
-    def _start(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """μ and log σ² at which gradient steps begin, or which an encoder gives."""
-        config = self.config
-        if config.inference in ("amortised", "cooperative"):
-            return self.encoder(self.embed_tokens(input_ids).detach(), attention_mask)
-        shape = (len(input_ids), *self.latent_shape)
-        if config.inference_start == "learned":
-            return self.start_mean.expand(shape), self.start_log_variance.expand(shape)
-        if config.inference_start == "fixed":
-            zeros = torch.zeros(shape, device=self.device)
-            return zeros, zeros + config.inference_start_log_variance
-        prior = self.prior(len(input_ids), input_ids.shape[1] - 1)
-        return prior.mean.detach(), prior.variance.detach().log()
-
-    def _refine(
-        self,
-        start: tuple[Tensor, Tensor],
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        condition: Any,
-        *,
-        seed: int,
-        on_step: Any = None,
-        renew_noise: bool = True,
-    ) -> Independent:
-        return infer_by_gradient(
-            self,
-            input_ids,
-            attention_mask,
-            condition,
-            start_mean=start[0],
-            start_log_variance=start[1],
-            steps=self.config.inference_steps,
-            learning_rate=self._inference_rate,
-            epsilon=self.config.inference_epsilon,
-            seed=seed,
-            beta=self.beta if self.training else 1.0,
-            nats_free_per_dimension=self.config.free_bits if self.training else 0.0,
-            renew_noise=renew_noise,
-            on_step=on_step,
-        )
-
-    def _inference_rate(self, step: int) -> float:
-        config = self.config
-        final = config.inference_lr if config.inference_lr_final is None else config.inference_lr_final
-        rate = linear(float(self.training_progress), config.inference_lr, final)
-        last = max(config.inference_steps - 1, 1)
-        return rate * linear(step / last, 1.0, config.inference_lr_decay)
 
 
 def _holds_latents(cache: Cache | None) -> bool:

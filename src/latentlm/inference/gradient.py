@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import Distribution, Independent, kl_divergence
 
 from latentlm.distributions import (
     Stream,
     diagonal_gaussian,
-    kl_per_dimension,
     sample_from_noise,
     sequence_keys,
     sequence_noise,
 )
 from latentlm.inference.sharded import gathered
-from latentlm.objective import elbo, free_bits
+from latentlm.objective import elbo
 
 if TYPE_CHECKING:
     from latentlm.latent_lm import LatentLM
@@ -70,7 +69,7 @@ def infer_by_gradient(
     epsilon: float = 1e-8,
     seed: int = 0,
     beta: float = 1.0,
-    nats_free_per_dimension: float = 0.0,
+    charge: Callable[[Distribution, Distribution], Tensor] = kl_divergence,
     renew_noise: bool = True,
     on_step: Callable[[int, Tensor, tuple[Tensor, Tensor]], None] | None = None,
 ) -> Independent:
@@ -89,7 +88,8 @@ def infer_by_gradient(
             1 a coordinate about which the text says less than a nat moves in proportion to its gradient; with a tiny ε
             it moves by the whole rate along its noise and pays KL for nothing.
         seed: noise is a function of (seed, sequence, step).
-        beta, nats_free_per_dimension: the objective's KL weight and free bits; the defaults give the ELBO.
+        beta: the KL's weight in the objective; 1 gives the ELBO.
+        charge: what the objective takes for the KL of q and p, [batch] in nats; see `LatentLM.kl_charge`.
         renew_noise: False draws one noise for all steps, as the published code does. A q that was fitted to one noise
             is over-confident, and no score with that noise is a bound; it is here to show by how much.
         on_step: called before step t with (t, the objective of each row [batch] in nats by one sample, its gradients in
@@ -114,11 +114,7 @@ def infer_by_gradient(
             noise = sequence_noise(keys, tuple(mean.shape[1:]), seed=seed, stream=Stream.INFERENCE, step=draw)
             latents = sample_from_noise(posterior, noise)
             log_likelihood = model.log_likelihood(latents, input_ids, attention_mask, condition)
-            if nats_free_per_dimension:
-                kl = free_bits(kl_per_dimension(posterior, prior), nats_free_per_dimension)
-            else:
-                kl = kl_divergence(posterior, prior)
-            bound = elbo(log_likelihood.sum(-1), kl, beta)
+            bound = elbo(log_likelihood.sum(-1), charge(posterior, prior), beta)
             gradients = torch.autograd.grad(bound.sum(), parameters)
             if on_step is not None:
                 on_step(step, bound.detach(), (gradients[0], gradients[1]))

@@ -1,5 +1,7 @@
 """Layers that read a whole text at once: a bidirectional encoder, and pooling of its states into a few vectors."""
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -33,6 +35,48 @@ class BidirectionalEncoder(nn.Module):
         for layer in self.layers:
             x = layer(x, positions, mask)
         return self.norm(x)
+
+
+def pool(
+    states: Float[Tensor, "batch time hidden"],
+    attention_mask: Int64[Tensor, "batch time"] | None,
+    how: Literal["mean", "first", "last"],
+) -> Float[Tensor, "batch hidden"]:
+    """One vector of a text's states: the mean of its real positions, or the first or the last of them."""
+    if how == "mean":
+        if attention_mask is None:
+            return states.mean(1)
+        real = attention_mask[..., None].to(states.dtype)
+        return (states * real).sum(1) / real.sum(1).clamp_min(1)
+    if attention_mask is None:
+        return states[:, 0 if how == "first" else -1]
+    place = attention_mask.argmax(1) if how == "first" else attention_mask.cumsum(1).argmax(1)
+    return states[torch.arange(len(states), device=states.device), place]
+
+
+class MeanNorm(nn.BatchNorm1d):
+    """Batch normalisation of μ over texts, with a scale γ that is not trained and a shift that is (BN-VAE).
+
+    E_x[μ²] ≥ γ² in each dimension, so the mean KL to N(0, I) is at least γ²/2 for each (Zhu et al. 2020, arXiv
+    2004.12585, equations 9 to 11). Texts of the batch while training; all texts so far, as they went by, afterwards,
+    and where a batch has one text.
+    """
+
+    def __init__(self, numbers: int, scale: float):
+        super().__init__(numbers, affine=False)
+        self.scale = scale
+        self.shift = nn.Parameter(torch.zeros(numbers))
+
+    def forward(self, mean: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        flat = mean.float().flatten(1)
+        use_batch = self.training and len(flat) > 1
+        if use_batch:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+        normal = nn.functional.batch_norm(
+            flat, self.running_mean, self.running_var, training=use_batch, momentum=self.momentum or 0.0, eps=self.eps
+        )
+        return (self.scale * normal + self.shift.float()).view(mean.shape)
 
 
 class AttentionPooling(nn.Module):

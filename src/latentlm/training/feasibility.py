@@ -7,8 +7,9 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 
+from latentlm.config import LatentLMConfig
 from latentlm.errors import InputError
-from latentlm.latent_lm import LatentLM, LatentLMConfig, number_of_parameters
+from latentlm.latent_lm import LatentLM, number_of_parameters
 
 _FLOAT = 4  # bytes
 

@@ -24,11 +24,12 @@ from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils.logging import get_log_levels_dict
 
+from latentlm.config import LatentLMConfig
 from latentlm.data.recipe import DataRecipe
 from latentlm.data.tokenizers import SMALLEST_VOCABULARY
 from latentlm.errors import InputError, one_sentence, shown
 from latentlm.families import FAMILIES
-from latentlm.latent_lm import LatentLM, LatentLMConfig
+from latentlm.latent_lm import LatentLM
 from latentlm.training.feasibility import check_memory, check_optimisation
 
 # what latentlm sets itself, from the command line or because its datasets and loss need it
