@@ -1,7 +1,7 @@
 """GPT-VAE: the latent of a whole text as a token before its words (x-transformers' GPTVAE; Li et al. 2020, Optimus).
 
 p(z)      = N(0, I), one vector z [latent_size]
-p(x | z)  = Π_t p(x_t | BOS, z, x_<t), z as one or more tokens between BOS and the text
+p(x | z)  = Π_t p(x_t | BOS, z, x_<t), z as one or more tokens at the positions between BOS and the text
 q(z | x)  = N(μ, σ²) from a bidirectional Transformer's states, pooled; or by gradient steps (see `VariationalConfig`)
 
 Where we differ from the published code: β = 1 is the ELBO (there the reconstruction is a mean per token and the KL a
@@ -156,20 +156,18 @@ class GPTVAE(CausalLatentLM, VariationalLM):
         if position_ids is None:
             position_ids = self._positions(input_ids, attention_mask, max(seen - number, 0))
         position_ids = position_ids + number * (position_ids > 0)
-        place = None if attention_mask is None else attention_mask.argmax(1)  # BOS's: padding may stand before it
-        if not seen:
-            tokens = self.latent_tokens(latents.to(x.dtype)).unflatten(1, (number, -1))
-            x = _insert(x, tokens, place)
-            own = torch.arange(1, number + 1, device=x.device).expand(len(position_ids), -1)
-            position_ids = _insert(position_ids, own, place)
         if attention_mask is not None:
-            attention_mask = _insert(attention_mask, attention_mask.new_ones(len(x), number), place)
+            attention_mask = torch.cat((attention_mask.new_ones(len(x), number), attention_mask), dim=1)
+        if not seen:
+            # in memory z stands first: padding may come before BOS, and BOS must see z to foretell the first word
+            x = torch.cat((self.latent_tokens(latents.to(x.dtype)).unflatten(1, (number, -1)), x), dim=1)
+            between = torch.arange(1, number + 1, device=x.device).expand(len(position_ids), -1)
+            position_ids = torch.cat((between, position_ids), dim=1)
         mask = self._mask(x, attention_mask, past_key_values)
         width = self.config.hidden_size // self.config.num_attention_heads
         positions = rotation(position_ids, width, self.config.rope_theta)
         for layer in self.layers:
             x = layer(x, positions, mask, past_key_values)
-        # the first word is foretold where z's last token stands, not at BOS
         return self.norm(x if seen else x[:, number:])
 
     def new_cache(self) -> Cache:
@@ -187,16 +185,3 @@ class GPTVAE(CausalLatentLM, VariationalLM):
                 "give one for each."
             )
         return condition["input_ids"], condition.get("attention_mask")
-
-
-def _insert(rows: Tensor, new: Tensor, place: Int64[Tensor, " batch"] | None) -> Tensor:
-    """[batch, time, …] with [batch, number, …] put in after `place` of each row; after its first where that is None."""
-    rows = rows.expand(len(new), *rows.shape[1:]) if len(rows) == 1 else rows
-    if place is None:
-        return torch.cat((rows[:, :1], new, rows[:, 1:]), dim=1)
-    time, number = rows.shape[1], new.shape[1]
-    index, after = torch.arange(time + number, device=rows.device)[None], place[:, None]
-    source = torch.where(index <= after, index, index - number)
-    source = torch.where((index > after) & (index <= after + number), time - 1 + index - after, source)
-    source = source.view(*source.shape, *[1] * (rows.dim() - 2)).expand(-1, -1, *rows.shape[2:])
-    return torch.cat((rows, new.expand(len(place), *new.shape[1:])), dim=1).gather(1, source)
