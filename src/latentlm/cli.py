@@ -118,6 +118,7 @@ def train(
 
     Example: latentlm train recipes/ltm-wikitext2-450k.yaml data.source=train.txt data.validation=valid.txt
     """
+    from latentlm.training.collapse import CollapseMonitor
     from latentlm.training.progress import ProgressLine
     from latentlm.training.recipe import load_recipe
     from latentlm.training.run import train as run
@@ -129,7 +130,10 @@ def train(
         checked,
         folder,
         resume=resume,
-        callbacks=[ProgressLine(console, f"training {checked.family.__name__}")],
+        callbacks=[
+            ProgressLine(console, f"training {checked.family.__name__}"),
+            CollapseMonitor(console, pretrained=bool(checked.encoder.pretraining_steps or checked.encoder.initial)),
+        ],
         on_stage=lambda stage: console.print(f"{stage} …"),
     )
     last: dict[str, Any] = next((entry for entry in reversed(result[2]) if "eval_elbo_nll_per_token" in entry), {})

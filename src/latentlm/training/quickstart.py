@@ -17,6 +17,7 @@ from latentlm.evaluation.report import curves, table
 from latentlm.files import write_whole
 from latentlm.loading import load
 from latentlm.text import write
+from latentlm.training.collapse import CollapseMonitor
 from latentlm.training.progress import ProgressLine, counted
 from latentlm.training.recipe import Recipe, parse_recipe
 from latentlm.training.run import train
@@ -53,7 +54,11 @@ def quickstart(output: Path, *, data: str | None = None, seed: int = 0, console:
     for name, recipe in recipes.items():
         begun = time.perf_counter()
         trained, _, history = train(
-            recipe, output / name, replace=True, corpus=corpus, callbacks=[ProgressLine(console, f"training {name}")]
+            recipe,
+            output / name,
+            replace=True,
+            corpus=corpus,
+            callbacks=[ProgressLine(console, f"training {name}"), CollapseMonitor(console)],
         )
         seconds = time.perf_counter() - begun
         # what is measured is what was saved

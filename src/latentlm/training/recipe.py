@@ -1,8 +1,10 @@
 """Recipes: one YAML file says what is trained, on what, and how. A wrong key or value is named with its line.
 
-model:       family: ltm | autoregressive, and the fields of that family's config (vocab_size comes from the tokenizer)
+model:       family: ltm | gpt_vae | autoregressive, and the fields of that family's config (but vocab_size, which
+             comes from the tokenizer)
 data:        the fields of `DataRecipe`
 training:    the fields of transformers' TrainingArguments
+encoder:     the fields of `EncoderRecipe`
 evaluation:  the fields of `EvaluationRecipe`
 """
 
@@ -30,6 +32,7 @@ from latentlm.data.tokenizers import SMALLEST_VOCABULARY
 from latentlm.errors import InputError, one_sentence, shown
 from latentlm.families import FAMILIES
 from latentlm.latent_lm import LatentLM
+from latentlm.training.encoder import EncoderRecipe
 from latentlm.training.feasibility import check_memory, check_optimisation
 
 # what latentlm sets itself, from the command line or because its datasets and loss need it
@@ -106,6 +109,7 @@ class Recipe:
     data: DataRecipe
     training: Mapping[str, Any]
     evaluation: EvaluationRecipe
+    encoder: EncoderRecipe
     document: Mapping[str, Any] = field(repr=False)
 
     def model_config(self, **from_tokenizer: Any) -> LatentLMConfig:
@@ -252,7 +256,7 @@ def _apply(document: dict[str, Any], override: str, places: dict[tuple[str, ...]
 
 
 def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: str) -> Recipe:
-    sections = ("model", "data", "training", "evaluation")
+    sections = ("model", "data", "training", "encoder", "evaluation")
     for section, content in document.items():
         if section not in sections:
             raise InputError(f"{places[(section,)]}: unknown key {shown(section)}{_hint(section, sections)}.")
@@ -268,6 +272,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         raise InputError(f"{where}: model.family must be one of {', '.join(FAMILIES)}.")
     data = _section(DataRecipe, "data", document["data"], places)
     evaluation = _section(EvaluationRecipe, "evaluation", document.get("evaluation") or {}, places)
+    encoder = _section(EncoderRecipe, "encoder", document.get("encoder") or {}, places)
     # without those of every model of transformers, which say nothing here
     own = [kind for kind in family.config_class.__mro__ if issubclass(kind, LatentLMConfig)]
     of_tokenizer = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
@@ -279,7 +284,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
     _check_training(document["training"], places)
     if data.streaming and document["training"].get("max_steps", -1) < 1:
         raise InputError(f"{places[('training',)]}: streamed text has no known length: give training.max_steps.")
-    recipe = Recipe(family, model, data, dict(document["training"]), evaluation, document)
+    recipe = Recipe(family, model, data, dict(document["training"]), evaluation, encoder, document)
     with _located("training", recipe.training, places):
         arguments = recipe.training_arguments(Path("unused"))
         get_reporting_integration_callbacks(arguments.report_to)
@@ -288,11 +293,27 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         config = recipe.model_config(vocab_size=SMALLEST_VOCABULARY)
         if getattr(config, "max_position_embeddings", data.length) < data.length:
             raise ValueError(f"max_position_embeddings must be at least data.length, {data.length}")
+    if encoder.asks_for_something:
+        with _located("encoder", document["encoder"], places):
+            _check_encoder(encoder, config, data, arguments)
     try:
         check_memory(recipe.family, config)
     except InputError as error:
         raise InputError(f"{places[('model',)]}: {error}.") from error
     return recipe
+
+
+def _check_encoder(
+    encoder: EncoderRecipe, config: LatentLMConfig, data: DataRecipe, arguments: TrainingArguments
+) -> None:
+    if not getattr(config, "has_encoder", False):
+        raise ValueError("this model has no encoder to train: set model.inference to amortised or cooperative")
+    if encoder.aggressive_steps and data.streaming:
+        raise ValueError("aggressive_steps draws texts at random, which a stream cannot: set it to 0")
+    if encoder.aggressive_steps and arguments.fp16:
+        raise ValueError("aggressive_steps does not go with training.fp16: take bf16")
+    if 0 < arguments.max_steps <= encoder.pretraining_steps:
+        raise ValueError(f"pretraining_steps must be less than training.max_steps, {arguments.max_steps}")
 
 
 def _section(kind: Any, section: str, content: Mapping[str, Any], places: Mapping[tuple[str, ...], str]) -> Any:

@@ -22,6 +22,7 @@ from latentlm.latent_lm import WEIGHTS, LatentLM
 from latentlm.loading import load, no_progress_bars, save
 from latentlm.processes import is_main, main_decides
 from latentlm.training import checkpoints
+from latentlm.training.encoder import take_encoder
 from latentlm.training.progress import ProgressLine
 from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
@@ -44,20 +45,23 @@ def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LatentLM:
 def _check_same_run(recipe: Recipe, output: Path) -> None:
     """A checkpoint goes on only with its own model and data."""
     before = load_recipe(output / RECIPE_FILE).document
-    for section in ("model", "data"):
-        keys = sorted({*before[section], *recipe.document[section]} - {"cache"})  # where tokens lie, not which
-        changed = [key for key in keys if before[section].get(key) != recipe.document[section].get(key)]
+    for section in ("model", "data", "encoder"):
+        old, new = (document.get(section) or {} for document in (before, recipe.document))
+        keys = sorted({*old, *new} - {"cache"})  # where tokens lie, not which
+        changed = [key for key in keys if old.get(key) != new.get(key)]
         if changed:
             names = ", ".join(f"{section}.{key}" for key in changed)
             raise InputError(f"{output} was begun with another recipe ({names}): resume with the one it began with.")
 
 
-def _check_sharding(arguments: TrainingArguments) -> None:
+def _check_sharding(arguments: TrainingArguments, recipe: Recipe) -> None:
     """What accelerate does wrongly without a word."""
     if not (arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"):
         return
     if arguments.device.type == "cpu":
         raise InputError("FSDP shards weights over GPUs and there is none: accelerate would train with DDP instead.")
+    if recipe.encoder.asks_for_something or recipe.model.get("encoder_batch_norm") is not None:
+        raise InputError("what a recipe says under encoder, and encoder_batch_norm, do not go with FSDP: use DDP.")
     if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
         raise InputError("accelerate cannot load this model sparingly: set fsdp_cpu_ram_efficient_loading to false.")
 
@@ -162,7 +166,7 @@ def train(
     if recipe.data.unit == "sentences" and "train_sampling_strategy" not in recipe.training:
         arguments.train_sampling_strategy = "group_by_length"
     arguments.device  # noqa: B018  joins the processes of a launcher
-    _check_sharding(arguments)
+    _check_sharding(arguments, recipe)
     order = main_decides(lambda: _order(recipe, arguments))
     with ExitStack() as stack:
 
@@ -210,6 +214,8 @@ def _train(
             _write_end(model, corpus, output, document, state["log_history"])
         return model, corpus, state["log_history"]
     model = build_model(recipe, corpus.tokenizer)
+    if recipe.encoder.initial is not None and start.checkpoint is None:
+        take_encoder(model, corpus.tokenizer, recipe.encoder.initial)
     if is_main() and start.checkpoint is None:
         checkpoints.remove_all(output)
         # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
@@ -229,6 +235,7 @@ def _train(
         data_collator=Collator(corpus.tokenizer.pad_token_id),
         processing_class=corpus.tokenizer,
         evaluation=recipe.evaluation,
+        encoder=recipe.encoder,
         beside={RECIPE_FILE: document, ORDER_FILE: json.dumps(order, indent=1)},
         callbacks=list(callbacks),
     )

@@ -29,6 +29,7 @@ from latentlm.inference import gathered
 from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.processes import gather_rows, is_main
 from latentlm.training import checkpoints
+from latentlm.training.encoder import EncoderRecipe, EncoderTraining
 from latentlm.training.recipe import EVALUATION_FIGURES, EvaluationRecipe
 
 # what of an optimiser's groups is a setting and no state
@@ -57,6 +58,7 @@ class LatentTrainer(Trainer):
         self,
         *args: Any,
         evaluation: EvaluationRecipe | None = None,
+        encoder: EncoderRecipe | None = None,
         beside: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
@@ -64,9 +66,13 @@ class LatentTrainer(Trainer):
         self.evaluation = evaluation or EvaluationRecipe()
         self.beside = beside or {}  # texts that each checkpoint holds, by their file's name
         self.statistics = _Statistics()
-        self.add_callback(_EachStep())
+        encoder = encoder or EncoderRecipe()
+        self.add_callback(_EachStep(self, encoder.pretraining_steps))
+        if encoder.pretraining_steps or encoder.aggressive_steps:
+            self.add_callback(EncoderTraining(encoder, self))
         self._staging: Path | None = None
         self._indices: list[torch.Tensor] = []  # of the sequences of this step
+        self.kl_of_step = torch.zeros(2, dtype=torch.double)  # their KL, and how many they are
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
@@ -96,20 +102,21 @@ class LatentTrainer(Trainer):
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except DivergedError as error:
-            raise self._diverged(error.what) from error
+            raise self.diverged(error.what) from error
         if not bool(torch.isfinite(loss)):
-            raise self._diverged(f"the loss is {float(loss)}")
+            raise self.diverged(f"the loss is {float(loss)}")
         return loss
 
     def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
         norm = super()._get_grad_norm(*args, **kwargs)
         # with float16 a gradient too large is nothing unusual: that step is left out and the scale lowered
         if getattr(self.accelerator, "scaler", None) is None and not math.isfinite(float(norm)):
-            raise self._diverged(f"the norm of the gradient is {float(norm)}")
+            raise self.diverged(f"the norm of the gradient is {float(norm)}")
         self._indices.clear()
         return norm
 
-    def _diverged(self, what: str) -> DivergedError:
+    def diverged(self, what: str) -> DivergedError:
+        """The error to end with: where training is, what it met, and what to do."""
         step = self.state.global_step + bool(self._indices)
         indices = [index for batch in self._indices for index in batch.tolist()]
         if indices:
@@ -128,7 +135,7 @@ class LatentTrainer(Trainer):
         with gathered(self.model):
             for name, parameter in self.model.named_parameters():
                 if not bool(torch.isfinite(parameter).all()):
-                    raise self._diverged(f"the weights {name} are no longer finite numbers")
+                    raise self.diverged(f"the weights {name} are no longer finite numbers")
 
     def compute_loss(
         self,
@@ -142,6 +149,8 @@ class LatentTrainer(Trainer):
         loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         tokens = self.model.scored_tokens(given["input_ids"], given["attention_mask"]).sum()
         self.statistics.add(outputs, tokens, self.model.beta)
+        if self.model.config.kl_target is not None:
+            self.kl_of_step += torch.stack([outputs["kl"].detach().sum(), tokens.new_tensor(len(outputs["kl"]))]).cpu()
         return (loss, outputs) if return_outputs else loss
 
     # ---- figures ---------------------------------------------------------------------------------------------------
@@ -274,10 +283,18 @@ class _EachStep(TrainerCallback):
     A checkpoint holds no sums over steps that are not logged yet.
     """
 
+    def __init__(self, trainer: LatentTrainer, pretraining_steps: int):
+        self.trainer, self.pretraining_steps = trainer, pretraining_steps
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: Any, **_: Any
     ) -> None:
-        model.training_progress.fill_(state.global_step / state.max_steps)
+        if model.config.kl_target is not None:
+            kl, sequences = gather_rows(self.trainer.kl_of_step[None].to(model.device)).sum(0).tolist()
+            self.trainer.kl_of_step.zero_()
+            model.observe_kl(kl / sequences)
+        before = self.pretraining_steps
+        model.training_progress.fill_((state.global_step - before) / (state.max_steps - before))
         self._log(control)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
