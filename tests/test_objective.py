@@ -8,7 +8,7 @@ from tests.training.runs import unchecked
 from torch.distributions import Normal, kl_divergence
 
 from latentlm.errors import DivergedError
-from latentlm.objective import elbo, free_bits, importance_weighted_bound
+from latentlm.objective import elbo, free_bits, importance_weighted_bound, kl_distance
 
 S = 0.7
 X = torch.tensor([-1.5, 0.2, 3.0], dtype=torch.float64)
@@ -152,6 +152,23 @@ def test_nothing_pushes_a_dimension_under_the_floor():
 
 def test_free_bits_of_no_dimension():
     assert torch.equal(free_bits(torch.zeros(3, 0), 0.5), torch.zeros(3))
+
+
+def test_free_bits_per_latent_is_a_floor_for_each_vector():
+    kl = torch.tensor([[[0.1, 0.6], [0.2, 0.2]], [[0.0, 0.0], [3.0, 0.0]]])  # [2 texts, 2 latents, 2 numbers]
+    torch.testing.assert_close(free_bits(kl, 0.5, "latent"), torch.tensor([0.7 + 0.5, 0.5 + 3.0]))
+    torch.testing.assert_close(free_bits(kl[:, 0], 0.5, "latent"), torch.tensor([0.7, 0.5]))  # one vector a text
+    kl.requires_grad_()
+    free_bits(kl, 0.5, "latent").sum().backward()
+    assert kl.grad.tolist() == [[[1, 1], [0, 0]], [[0, 0], [1, 1]]]
+
+
+def test_the_distance_of_the_kl_from_a_threshold():
+    kl = torch.tensor([0.5, 2.0, 7.0], requires_grad=True)
+    found = kl_distance(kl, 2.0)
+    assert found.tolist() == [1.5, 0.0, 5.0]
+    found[[0, 2]].sum().backward()
+    assert kl.grad.tolist() == [-1.0, 0.0, 1.0]  # pushed up below it, down above it
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

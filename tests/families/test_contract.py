@@ -261,7 +261,9 @@ def test_forward_is_the_elbo_by_hand(name):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("training", [False, True])
-def test_padding_and_order_change_no_figure(model, side, training):
+def test_padding_and_order_change_no_figure(variant, model, side, training):
+    if training and variant == "batch norm":
+        pytest.skip("a text's q then depends on its batch, as documented")
     model.train(training)
     input_ids = texts(4, 9)
     whole = model(*padded(input_ids, LENGTHS, side, total=11), seed=3)
@@ -277,6 +279,8 @@ def test_padding_and_order_change_no_figure(model, side, training):
 
 def test_accumulation_is_the_whole_batch(variant):
     """Losses and gradients of unequal parts, given the tokens of all, add up to the whole's."""
+    if variant == "batch norm":
+        pytest.skip("a text's q depends on its part of the batch, as documented")
     input_ids, mask = padded(texts(4, 9), LENGTHS, "right")
     tokens = int(LatentLM.scored_tokens(input_ids, mask).sum())
     model = small_variant(variant, free_bits=0.01, beta=0.7).train()
@@ -326,6 +330,38 @@ def test_beta_and_free_bits_are_for_training():
         output = model(input_ids, seed=0)
         torch.testing.assert_close(output.loss, (output.nll.sum() + beta * kl.clamp_min(0.3).sum()) / 16)
         torch.testing.assert_close(output.kl, kl.sum(1))  # raw
+
+
+def test_every_charge_for_the_kl_enters_the_loss_of_training():
+    input_ids = texts(4, 5)
+    for changes, charged in [
+        ({"free_bits": 0.6, "free_bits_per": "latent"}, lambda kl: kl.sum(1).clamp_min(0.6)),
+        ({"kl_threshold": 1.5, "beta": 0.5}, lambda kl: (kl.sum(1) - 1.5).abs()),
+    ]:
+        model = three_verbs(**changes)
+        model.dropout.p = 0.0
+        posterior = model.train().infer(input_ids)
+        kl = 0.5 * (posterior.mean**2 + posterior.variance - 1 - posterior.variance.log())
+        output = model(input_ids, seed=0)
+        expected = (output.nll.sum() + changes.get("beta", 1.0) * charged(kl).sum()) / 16
+        torch.testing.assert_close(output.loss, expected)
+        torch.testing.assert_close(output.kl, kl.sum(1))  # raw
+
+
+def test_schedules_of_beta():
+    model = three_verbs(beta=0.5, beta_cycles=2, beta_cycle_ratios=[0.5, 0.25, 0.25])
+    for progress, beta in [(-0.5, 0), (0, 0), (0.25, 0), (0.3125, 0.25), (0.4, 0.5), (0.5, 0), (1, 0.5)]:
+        model.training_progress.fill_(progress)
+        assert model.beta == pytest.approx(beta)
+    model = three_verbs(beta=0.5, kl_target=2.0)
+    assert model.beta == pytest.approx(0.005)
+    model.observe_kl(20.0)
+    assert model.beta == pytest.approx(0.005 * 1.03)
+    model.training_progress.fill_(-0.5)
+    model.observe_kl(20.0)  # an encoder that is pre-trained is not controlled
+    assert model.beta == 0
+    model.training_progress.fill_(0.5)
+    assert model.beta == pytest.approx(0.005 * 1.03)
 
 
 def test_a_bfloat16_model(variant):

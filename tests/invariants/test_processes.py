@@ -13,9 +13,14 @@ from tests.invariants.sharded import LAYOUTS, half_precision, in_two_processes, 
 from tests.toy import VARIANTS, small_variant, texts
 
 ROUNDING = 1e-5
-QUICK = [(variant, "blocks") for variant in ("autoregressive", "amortised", "cooperative", "langevin", "learned start")]
+QUICK = [
+    (variant, "blocks")
+    for variant in ("autoregressive", "amortised", "cooperative", "langevin", "learned start", "gpt_vae")
+]
 QUICK += [("ltm", layout) for layout in LAYOUTS] + [("cooperative", "as accelerate 1.15 does")]
-SLOW = [(variant, layout) for variant in VARIANTS for layout in LAYOUTS if (variant, layout) not in QUICK]
+# batch norm of μ depends on how texts are shared out
+SLOW = [(variant, layout) for variant in VARIANTS for layout in LAYOUTS if variant != "batch norm"]
+SLOW = [case for case in SLOW if case not in QUICK]
 SCORED = [("diagonal prior", "blocks, the root's weights freed, too"), ("cooperative", "as accelerate 1.15 does")]
 
 

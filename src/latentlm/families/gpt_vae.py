@@ -55,6 +55,10 @@ class GPTVAEConfig(CausalConfig, VariationalConfig):
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
 
 
+class LogVariance(nn.Linear):
+    """A linear map to log σ². A class, since transformers initialises modules by class."""
+
+
 class TextEncoder(nn.Module):
     """q_φ(z | x): embeddings of its own, a bidirectional Transformer, pooling, and linear maps to μ and log σ²."""
 
@@ -66,7 +70,7 @@ class TextEncoder(nn.Module):
         if config.pooling == "attention":
             self.pooling = AttentionPooling(config, 1)
         self.mean = nn.Linear(config.hidden_size, config.latent_size)
-        self.log_variance = nn.Linear(config.hidden_size, config.latent_size)
+        self.log_variance = LogVariance(config.hidden_size, config.latent_size)
 
     def forward(
         self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None
@@ -104,8 +108,8 @@ class GPTVAE(CausalLatentLM, VariationalLM):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, TextEncoder):
-            nn.init.constant_(module.log_variance.bias, self.config.inference_start_log_variance)
+        if isinstance(module, LogVariance):
+            nn.init.constant_(module.bias, self.config.inference_start_log_variance)
 
     def prior(self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None) -> Independent:
         return standard_normal(batch_size, self.latent_shape, self.device)

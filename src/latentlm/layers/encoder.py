@@ -64,18 +64,23 @@ class MeanNorm(nn.BatchNorm1d):
 
     def __init__(self, numbers: int, scale: float):
         super().__init__(numbers, affine=False)
+        self.running_mean: Tensor
+        self.running_var: Tensor
         self.scale = scale
         self.shift = nn.Parameter(torch.zeros(numbers))
 
     def forward(self, mean: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
         flat = mean.float().flatten(1)
-        use_batch = self.training and len(flat) > 1
-        if use_batch:
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-        normal = nn.functional.batch_norm(
-            flat, self.running_mean, self.running_var, training=use_batch, momentum=self.momentum or 0.0, eps=self.eps
-        )
+        if self.training and len(flat) > 1:
+            # by hand, since torch's refuses statistics of another dtype, which a cast model has
+            variance, centre = torch.var_mean(flat, dim=0, correction=0)
+            with torch.no_grad():
+                share = self.momentum or 0.0
+                self.running_mean.lerp_(centre.to(self.running_mean), share)
+                self.running_var.lerp_((variance * len(flat) / (len(flat) - 1)).to(self.running_var), share)
+        else:
+            variance, centre = self.running_var.float(), self.running_mean.float()
+        normal = (flat - centre) * (variance + self.eps).rsqrt()
         return (self.scale * normal + self.shift.float()).view(mean.shape)
 
 
