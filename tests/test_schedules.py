@@ -58,6 +58,6 @@ def test_a_controller_stays_in_its_bounds():
 def test_a_controller_finds_the_weight_that_gives_its_target(start):
     """A KL that answers at once, KL = 4 / (1 + 10 β): 2 nats at β = 0.1."""
     beta = start
-    for _ in range(600):
+    for _ in range(1000):
         beta = controlled(beta, 4 / (1 + 10 * beta), 2.0, 1e-4, 1.0)
     assert beta == pytest.approx(0.1, rel=1e-3)

@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 from tests.toy import small_model
 from tests.training.runs import run
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from latentlm.training.collapse import CollapseMonitor, collapse, remedies
 
@@ -56,12 +57,10 @@ def test_what_is_turned_already_is_not_advised():
 def spoken(monitor, model, *logs):
     """The lines that a monitor prints of these logs, one log a step."""
 
-    class State:
-        global_step = 0
-
+    state, arguments = TrainerState(), TrainingArguments()
     for entry in logs:
-        State.global_step += 1
-        monitor.on_log(None, State, None, logs=entry, model=model)
+        state.global_step += 1
+        monitor.on_log(arguments, state, TrainerControl(), logs=entry, model=model)
     return monitor.console.file.getvalue().splitlines()
 
 
