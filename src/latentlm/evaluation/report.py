@@ -27,11 +27,16 @@ def _bound(key: str, digits: int = 4) -> Any:
 
 
 def _latent(key: str, form: str) -> Any:
-    return lambda one: "–" if one["exact"] or one[key] is None else format(one[key], form)
+    return lambda one: "–" if one["exact"] or one.get(key) is None else format(one[key], form)
 
 
 def _given(key: str, form: str) -> Any:
     return lambda one: "–" if one.get(key) is None else format(one[key], form)
+
+
+def _per_batch(one: Figures) -> str:
+    information = _latent("mutual_information_per_batch", ".3f")(one)
+    return information if information == "–" else f"{information} of {one['mutual_information_batch']} texts"
 
 
 def _distinct(one: Figures) -> str:
@@ -52,6 +57,8 @@ _ROWS: Sequence[tuple[str, Any]] = (
     ("reconstruction (no bound)", _latent("reconstruction_nll_per_token", ".4f")),
     ("KL, nats/sequence", _latent("kl_per_sequence", ".3f")),
     ("mutual information, nats", _latent("mutual_information", ".3f")),
+    ("  as in the literature, per batch", _per_batch),
+    ("KL of aggregate posterior, nats", _latent("aggregate_kl", ".3f")),
     (
         "active units",
         lambda one: (
