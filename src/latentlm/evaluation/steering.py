@@ -119,7 +119,7 @@ def style_transfer(
     """What of a text a its z carries into a continuation c of the beginning of another text b.
 
     z ~ q(z | a), the prompt is the beginning of b, and c is sampled at temperature 1. The control is z from the prior:
-    what the prompt does without a. It is expected at or under 1/2, since c goes on from b.
+    what the prompt does without a. It is about 1/2, give or take 1/2 ÷ √N, and less where c still tells of b.
 
     Args:
         pairs: N; with texts in the order of their hash, a and b are neighbours, and each text is an a and a b once.
