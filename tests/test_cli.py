@@ -82,6 +82,10 @@ MISTAKES = [
     ("evaluate model --reinfer-every 0 --prompt-tokens 2", "--reinfer-every"),
     ("evaluate model --prompt-tokens -1", "--prompt-tokens"),
     ("evaluate model --prior-samples -1", "--prior-samples"),
+    ("evaluate model --diversity -1", "--diversity"),
+    ("evaluate model --style-transfer -1", "--style-transfer"),
+    ("evaluate control --style-transfer 1 --limit 4 --iw-samples 1", "has no latents"),
+    ("evaluate model --diversity 5 --limit 4 --iw-samples 1", "ask for fewer"),
     ("generate model --temperature warm", "--temperature"),
     ("generate model --temperature 0", "--temperature"),
     ("generate model --temperature -1", "--temperature"),
@@ -303,6 +307,20 @@ def test_evaluate_adds_what_is_asked_for(latentlm, working_folder):
     for key in ("published_nll_per_token", "continuation_nll_per_token"):
         assert f"{figures[key]:.4f}" in out
     assert f"{figures['sample_entropy_nats']:.3f}" in out
+
+
+def test_evaluate_adds_what_z_does_to_text(latentlm, working_folder):
+    asked = "--diversity 2 --style-transfer 3 --iw-samples 1 --limit 4 --seed 1"
+    status, out, err = latentlm("evaluate", "model", *asked.split(), "--json", "figures.json")
+    assert (status, err) == (0, "")
+    figures = json.loads((working_folder / "figures.json").read_text())
+    assert (figures["diversity_prompts"], figures["diversity_prompt_tokens"]) == (2, 4)
+    assert (figures["style_transfer_pairs"], figures["style_transfer_prompt_tokens"]) == (3, 4)
+    assert "continuation_nll_per_token" not in figures
+    for key, form in (("diversity_self_bleu", ".1f"), ("diversity_of_one_latent_self_bleu", ".1f")):
+        assert format(figures[key], form) in out
+    for key in ("style_transfer_recovered", "style_transfer_recovered_by_prior_z", "style_transfer_overlap"):
+        assert format(figures[key], ".3f") in out
 
 
 def test_evaluate_can_infer_otherwise(latentlm, working_folder):

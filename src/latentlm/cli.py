@@ -214,13 +214,36 @@ def evaluate(
         str, typer.Option(help="honest, or paper: beside it what the family's published code would report.")
     ] = "honest",
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=0, help="Score what follows so many tokens, too, with z inferred from them alone.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Score what follows so many tokens, too, with z inferred from them alone; "
+            "of --diversity and --style-transfer the length of a prompt, otherwise 4.",
+        ),
     ] = None,
     reinfer_every: Annotated[
         int | None, typer.Option(min=1, help="With --prompt-tokens: infer z afresh after so many tokens.")
     ] = None,
     prior_samples: Annotated[
         int, typer.Option(min=0, max=_MOST_SAMPLES, help="Measure the variety of so many texts from the prior.")
+    ] = 0,
+    diversity: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=_MOST_SAMPLES,
+            metavar="PROMPTS",
+            help="Measure how the texts of a prompt differ by z alone, for so many prompts.",
+        ),
+    ] = 0,
+    style_transfer: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=_MOST_SAMPLES,
+            metavar="PAIRS",
+            help="Go on from one text's beginning with another one's z, for so many pairs; measure what z brings.",
+        ),
     ] = 0,
     settings: Settings = None,
     batch_size: BatchSize = 32,
@@ -254,6 +277,8 @@ def evaluate(
             prompt_tokens=prompt_tokens,
             reinfer_every=reinfer_every,
             prior_samples=prior_samples,
+            diversity=diversity,
+            style_transfer=style_transfer,
             batch_size=batch_size,
             seed=seed,
             on_progress=on_progress,

@@ -10,6 +10,7 @@ from latentlm.evaluation.likelihood import evaluate
 from latentlm.evaluation.measure import measure
 from latentlm.evaluation.published import published_figures
 from latentlm.evaluation.samples import prior_samples
+from latentlm.evaluation.steering import diversity, style_transfer
 
 TIMES = {"seconds", "inference_seconds", "tokens_per_second", "continuation_seconds", "samples_per_second"}
 OPTIONS = {"batch_size": 2, "seed": 5}
@@ -38,7 +39,16 @@ def test_without_a_wish_it_is_evaluate(model, data):
 
 def test_all_wishes_together_are_each_alone(model, data):
     found = measure(
-        model, data, protocol="paper", iw_samples=3, prompt_tokens=2, reinfer_every=2, prior_samples=4, **OPTIONS
+        model,
+        data,
+        protocol="paper",
+        iw_samples=3,
+        prompt_tokens=2,
+        reinfer_every=2,
+        prior_samples=4,
+        diversity=2,
+        style_transfer=3,
+        **OPTIONS,
     )
     expected = (
         evaluate(model, data, iw_samples=3, **OPTIONS)
@@ -46,6 +56,8 @@ def test_all_wishes_together_are_each_alone(model, data):
         | {"protocol": "paper"}
         | continuation(model, data, prompt_tokens=2, reinfer_every=2, samples=3, **OPTIONS)
         | prior_samples(model, number=4, seed=OPTIONS["seed"])
+        | diversity(model, data, prompts=2, prompt_tokens=2, seed=OPTIONS["seed"])
+        | style_transfer(model, data, pairs=3, prompt_tokens=2, seed=OPTIONS["seed"])
     )
     assert found.keys() == expected.keys()
     assert without_times(found) == without_times(expected)
@@ -64,6 +76,16 @@ def test_a_prompt_of_no_tokens_is_a_prompt(model, data):
     assert (found["prompt_tokens"], found["continuation_tokens"]) == (0, found["tokens"])
 
 
+def test_prompts_of_what_z_does_have_a_length_of_their_own(model, data):
+    """And nothing is scored after a prompt that was not asked for."""
+    found = measure(model, data, iw_samples=1, diversity=1, style_transfer=1)
+    assert (found["diversity_prompt_tokens"], found["style_transfer_prompt_tokens"]) == (4, 4)
+    assert "continuation_nll_per_token" not in found
+    found = measure(model, data, iw_samples=1, diversity=1, style_transfer=1, prompt_tokens=0)
+    assert (found["diversity_prompt_tokens"], found["style_transfer_prompt_tokens"]) == (0, 0)
+    assert found["prompt_tokens"] == 0
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -72,6 +94,10 @@ def test_a_prompt_of_no_tokens_is_a_prompt(model, data):
         ({"prompt_tokens": 2, "reinfer_every": 0}, "at least 1"),
         ({"prompt_tokens": 8}, "no sequence is longer than the prompt of 8 tokens"),
         ({"prior_samples": -1}, "must not be negative"),
+        ({"diversity": -1}, "diversity must not be negative"),
+        ({"style_transfer": -1}, "style_transfer must not be negative"),
+        ({"diversity": 3}, "3 different texts longer than the prompt of 4 tokens are needed, and the data has 2"),
+        ({"style_transfer": 3}, "3 different texts longer than the prompt of 4 tokens are needed, and the data has 2"),
         ({"iw_samples": 0}, "at least 1"),
         ({"batch_size": 0}, "at least 1"),
     ],
@@ -87,7 +113,12 @@ def test_an_unknown_protocol_is_refused(model, data):
 
 
 def test_what_a_family_cannot_do_is_one_sentence(data):
-    for options, words in (({"protocol": "paper"}, "no published protocol"), ({"prior_samples": 2}, "does not write")):
+    for options, words in (
+        ({"protocol": "paper"}, "no published protocol"),
+        ({"prior_samples": 2}, "does not write"),
+        ({"diversity": 1}, "does not write"),
+        ({"style_transfer": 1}, "does not write"),
+    ):
         with pytest.raises(InputError, match=words):
             measure(three_verbs(), data, iw_samples=1, **options)
 

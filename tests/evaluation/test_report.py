@@ -42,7 +42,7 @@ def test_a_bound_and_a_likelihood_are_marked_as_what_they_are(figures):
     assert "exact" in line(text, "NLL is")
 
 
-OF_LATENTS = ("KL", "mutual information", "active units", "reconstruction", "prior z")
+OF_LATENTS = ("KL, nats", "aggregate", "per batch", "mutual information", "active units", "reconstruction", "prior z")
 
 
 def test_what_a_model_does_not_have_is_a_dash_beside_one_that_has_it(figures):
@@ -71,6 +71,14 @@ def test_what_else_was_measured_has_rows(figures):
         "distinct_2": 0.5,
         "distinct_3": 0.75,
         "samples_per_second": 7.25,
+        "diversity_self_bleu": 12.34,
+        "diversity_of_one_latent_self_bleu": 56.78,
+        **{f"diversity_distinct_{n}": n / 10 for n in (1, 2, 3)},
+        **{f"diversity_of_one_latent_distinct_{n}": None for n in (1, 2, 3)},
+        "style_transfer_recovered": 0.875,
+        "style_transfer_recovered_by_prior_z": 0.375,
+        "style_transfer_overlap": 0.6543,
+        "style_transfer_overlap_by_prior_z": 0.1234,
     }
     text = printed({"one": figures["ltm"] | more, "other": figures["ltm"]})
     for label, cell in {
@@ -79,17 +87,35 @@ def test_what_else_was_measured_has_rows(figures):
         "continuation, nats/token": "2.3457",
         "after a prompt of tokens": "8",
         "entropy": "1.500",
-        "distinct-1, -2, -3": "0.250, 0.500, 0.750",
+        "prior samples: distinct-1, -2, -3": "0.250, 0.500, 0.750",
+        "latents of a prompt, greedy: self-BLEU": "12.3",
+        "  distinct-1, -2, -3": "0.100, 0.200, 0.300",
+        "one latent of it, sampled: self-BLEU": "56.8",
+        "style transfer: nearer to z's text": "0.875",
+        "  by prior z": "0.375",
+        "style transfer: token overlap": "0.654",
+        "overlap by prior z": "0.123",
     }.items():
         assert cell in line(text, label) and "–" in line(text, label)
     assert "z inferred every" not in text
+    assert "its distinct-1" not in text
+
+
+def test_information_per_batch_says_of_how_many_texts(figures):
+    text = printed(figures)
+    information = figures["ltm"]["mutual_information_per_batch"]
+    assert f"{information:.3f} of 2 texts" in line(text, "per batch")
+    assert f"{figures['ltm']['aggregate_kl']:.3f}" in line(text, "aggregate")
 
 
 def test_statistics_that_could_not_be_compared_are_a_dash(figures):
-    unknown = dict.fromkeys(("active_units", "latent_units", "mutual_information"))
+    unknown = dict.fromkeys(
+        ("active_units", "latent_units", "mutual_information", "mutual_information_per_batch", "aggregate_kl")
+    )
     text = printed({"trajectories": figures["ltm"] | unknown, "vectors": figures["ltm"]})
     assert "–" in line(text, "active units")
-    assert "–" in line(text, "mutual information")
+    for label in ("mutual information", "per batch", "aggregate"):
+        assert "–" in line(text, label)
 
 
 def test_the_curves_of_a_run_are_a_png(tmp_path):

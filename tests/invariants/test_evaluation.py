@@ -24,8 +24,14 @@ FIGURES = (
     "elbo_bits_per_byte",
     "iw_bits_per_byte",
     "mutual_information",
+    "mutual_information_per_batch",
+    "kl_per_dimension",
+    "aggregate_kl",
+    "aggregate_mean_rms",
+    "aggregate_variance_ratio",
 )
-COUNTS = ("sequences", "tokens", "bytes", "active_units", "latent_units", "mutual_information_sequences")
+COUNTS = ("sequences", "tokens", "bytes", "active_units", "latent_units")
+COUNTS += ("mutual_information_sequences", "mutual_information_batch")
 
 
 def assert_same(one, other):

@@ -12,22 +12,21 @@ Corpus figures are sums over sums: Σ nats ÷ Σ tokens, with perplexity the exp
 
 import math
 import time
-import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import kl_divergence
 from torch.utils.data import Dataset
 
-from latentlm.distributions import Stream, select_rows, sequence_keys
+from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
-from latentlm.evaluation.batches import PerSequence, evaluating, in_batches, synchronised
+from latentlm.evaluation.batches import PerSequence, by_hash, evaluating, in_batches, synchronised
+from latentlm.evaluation.statistics import LatentStatistics
 from latentlm.latent_lm import LatentLM, number_of_parameters
 from latentlm.objective import elbo, importance_weighted_bound
-from latentlm.processes import gather_rows
 
 MUTUAL_INFORMATION_SEQUENCES = 256
 
@@ -53,17 +52,15 @@ def evaluate(
     Of several processes each scores its share, and all return the figures of the whole.
 
     Returns:
-        The fixed keys of an evaluation; nats unless the name says bits. `latent_units` counts latent numbers,
-        `active_units` those with Var_x E_q[z] > 0.01 × prior variance (Burda et al. 2016, section 5.1). Where latents
-        differ in shape from text to text (trajectories), the statistics that compare them are None.
+        The fixed keys of an evaluation; nats unless the name says bits. The statistics of latents are those of
+        `LatentStatistics.summary`; where latents differ in shape from text to text (trajectories), they are None.
     """
     if iw_samples < 1:
         raise InputError("iw_samples must be at least 1.")
     samples = 1 if model.exact else iw_samples
     number = len(sequences)  # type: ignore[arg-type]
-    hashes = sorted((zlib.crc32(sequences[index]["input_ids"].numpy().tobytes()), index) for index in range(number))
-    # by their hash, so that the data's order does not choose them
-    compared = {index for _, index in hashes[:MUTUAL_INFORMATION_SEQUENCES]}
+    # by their hash, so that the data's order neither chooses nor groups them
+    places = {index: place for place, index in enumerate(by_hash(sequences)[:MUTUAL_INFORMATION_SEQUENCES])}
     statistics = LatentStatistics()
     figures = PerSequence("tokens", "elbo", "iw", "reconstruction", "kl", "prior")
     start = time.perf_counter()
@@ -76,7 +73,7 @@ def evaluate(
                 samples=samples,
                 seed=seed,
                 statistics=statistics,
-                compared=torch.tensor([index in compared for index in indices], device=input_ids.device),
+                places=torch.tensor([places.get(index, -1) for index in indices], device=input_ids.device),
             )
             figures.add(indices, tokens=model.scored_tokens(input_ids, attention_mask).sum(1), **scores)
         totals = {name: float(values.sum()) for name, values in figures.gathered(model.device).items()}
@@ -124,13 +121,13 @@ def score(
     *,
     samples: int = 16,
     seed: int = 0,
-    statistics: "LatentStatistics | None" = None,
-    compared: Bool[Tensor, " batch"] | None = None,
+    statistics: LatentStatistics | None = None,
+    places: Int64[Tensor, " batch"] | None = None,
 ) -> dict[str, Float[Tensor, " batch"]]:
     """NLLs and KL of each sequence in nats: keys elbo, iw, reconstruction, kl, prior, as this module explains them.
 
     Args:
-        statistics: told of the batch, and which rows of it are `compared` with one another (all, by default).
+        statistics: told of the batch, and of the rows' `places` among those that are compared; see there.
     """
     lengths = model.scored_tokens(input_ids, attention_mask).sum(1)
     prior = model.prior(len(input_ids), lengths)
@@ -154,7 +151,7 @@ def score(
     kl = kl_divergence(posterior, prior)
     zeros = torch.zeros_like(prior_likelihoods)
     if statistics is not None:
-        statistics.add(posterior, prior, latents[0], compared)
+        statistics.add(posterior, prior, latents[0], places)
         statistics.inference_seconds += inference_seconds
     return {
         "elbo": -elbo(likelihoods, kl),
@@ -163,89 +160,3 @@ def score(
         "kl": kl,
         "prior": -importance_weighted_bound(prior_likelihoods, zeros, zeros),
     }
-
-
-class LatentStatistics:
-    """Active units, mutual information and what inference cost, gathered batch by batch and over all processes."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.inference_seconds = 0.0
-        self.comparable = True
-        self.sum = self.sum_of_squares = self.prior_variance = torch.zeros(0)
-        self.compared: list[tuple[Distribution, Tensor]] = []
-
-    def add(
-        self,
-        posterior: Distribution,
-        prior: Distribution,
-        latents: Float[Tensor, "batch *event"],
-        compared: Bool[Tensor, " batch"] | None = None,
-    ) -> None:
-        """Takes in a batch: q, p and one z ~ q of each row; the rows `compared` enter the mutual information."""
-        mean = posterior.mean.double()
-        if not self.count:
-            self.sum = self.sum_of_squares = torch.zeros_like(mean[0])
-            self.prior_variance = prior.variance[0].double()
-        if not self.comparable or mean.shape[1:] != self.sum.shape:
-            self.comparable = False
-            return
-        self.count += len(mean)
-        self.sum = self.sum + mean.sum(0)
-        self.sum_of_squares = self.sum_of_squares + mean.square().sum(0)
-        rows = torch.ones(len(mean), dtype=torch.bool, device=mean.device) if compared is None else compared
-        if bool(rows.any()):
-            self.compared.append((select_rows(posterior, rows), latents[rows]))
-
-    def summary(self, device: torch.device | str = "cpu") -> dict[str, Any]:
-        """The figures over the batches of all processes; None each where latents differ in shape."""
-        # a process without a batch knows no shape, and one with several knows that there is none
-        of_process = -1 if not self.comparable else self.sum.numel() if self.count else None
-        known = torch.tensor([] if of_process is None else [of_process], dtype=torch.long, device=device)
-        units = gather_rows(known).unique().tolist()
-        if len(units) != 1 or units[0] < 0:
-            names = ("active_units", "latent_units", "mutual_information", "mutual_information_sequences")
-            return dict.fromkeys(names)
-        rows = torch.zeros(0, 4, units[0], dtype=torch.double, device=device)
-        if self.count:
-            count = torch.full_like(self.sum, self.count)
-            rows = torch.stack([count, self.sum, self.sum_of_squares, self.prior_variance]).flatten(1)[None]
-        gathered = gather_rows(rows)
-        count, mean, square = gathered[:, 0].sum(0), gathered[:, 1].sum(0), gathered[:, 2].sum(0)
-        variance = square / count - (mean / count).square()
-        posteriors, latents = zip(*self.compared, strict=True) if self.compared else ((), ())
-        information, number = mutual_information(posteriors, latents, units[0], device)
-        return {
-            "active_units": int((variance > 0.01 * gathered[0, 3]).sum()),
-            "latent_units": units[0],
-            "mutual_information": information,
-            "mutual_information_sequences": number,
-        }
-
-
-def mutual_information(
-    posteriors: Sequence[Distribution],
-    latents: Sequence[Float[Tensor, "_ *event"]],
-    units: int,
-    device: torch.device | str = "cpu",
-) -> tuple[float, int]:
-    """I(x; z) in nats between N texts, each equally likely, and a latent drawn from its posterior; and N.
-
-    I = (1/N) Σ_i [log q(z_i | x_i) − log (1/N) Σ_j q(z_i | x_j)], z_i ~ q(z | x_i) (Hoffman and Johnson 2016; the
-    estimate of Dieng et al. 2019, over N texts rather than per batch). It cannot exceed ln N.
-
-    Args:
-        posteriors, latents: batches of q(z | x) and of one z from each row; of several processes, each gives its own.
-        units: numbers in a latent.
-    """
-    own = torch.cat([torch.zeros(0, units, device=device), *(z.flatten(1) for z in latents)])
-    every = gather_rows(own)
-    # log q(z_i | x_j): a row for each of this process' texts x_j, a column for each z_i of all processes
-    densities = torch.zeros(0, len(every), dtype=torch.double, device=device)
-    for posterior, z in zip(posteriors, latents, strict=True):
-        columns = [posterior.log_prob(one.view(z.shape[1:])).double() for one in every]
-        densities = torch.cat([densities, torch.stack(columns, dim=1)])
-    densities = gather_rows(densities)
-    number = len(every)
-    information = densities.diagonal() - densities.logsumexp(0) + math.log(number)
-    return float(information.mean()), number

@@ -13,6 +13,7 @@ from latentlm.evaluation.continuation import continuation
 from latentlm.evaluation.likelihood import evaluate
 from latentlm.evaluation.published import published_figures
 from latentlm.evaluation.samples import prior_samples
+from latentlm.evaluation.steering import PROMPT_TOKENS, diversity, style_transfer
 from latentlm.latent_lm import LatentLM
 
 
@@ -25,9 +26,12 @@ class Scoring:
         protocol: "honest", or "paper" for what the family's published code would report beside it; see
             `published_figures`.
         iw_samples: K of the importance-weighted bound, and of a continuation.
-        prompt_tokens: adds the NLL of what follows so many tokens, z inferred from them alone (`continuation`).
+        prompt_tokens: adds the NLL of what follows so many tokens, z inferred from them alone (`continuation`); of the
+            prompts of `diversity` and `style_transfer`, too, which are of `steering.PROMPT_TOKENS` without it.
         reinfer_every: of the continuation; see there.
         prior_samples: so many texts are written from the prior and their variety measured (`samples.prior_samples`).
+        diversity: so many prompts are gone on from with several z's each (`steering.diversity`).
+        style_transfer: so many texts go on from one text's beginning with another one's z (`steering.style_transfer`).
         batch_size: sequences at a time; changes speed and memory, no figure.
     """
 
@@ -36,6 +40,8 @@ class Scoring:
     prompt_tokens: int | None = None
     reinfer_every: int | None = None
     prior_samples: int = 0
+    diversity: int = 0
+    style_transfer: int = 0
     batch_size: int = 32
 
     def validate_values(self) -> None:
@@ -45,7 +51,7 @@ class Scoring:
         for name in ("iw_samples", "reinfer_every", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("prompt_tokens", "prior_samples"):
+        for name in ("prompt_tokens", "prior_samples", "diversity", "style_transfer"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.reinfer_every is not None and self.prompt_tokens is None:
@@ -88,6 +94,15 @@ def measure(
         )
     if wanted.prior_samples:
         beside |= prior_samples(model, number=wanted.prior_samples, seed=seed)
+    steered: dict[str, Any] = {
+        "prompt_tokens": PROMPT_TOKENS if wanted.prompt_tokens is None else wanted.prompt_tokens,
+        "seed": seed,
+        "on_progress": on_progress,
+    }
+    if wanted.diversity:
+        beside |= diversity(model, sequences, prompts=wanted.diversity, **steered)
+    if wanted.style_transfer:
+        beside |= style_transfer(model, sequences, pairs=wanted.style_transfer, **steered)
     figures = evaluate(model, sequences, iw_samples=wanted.iw_samples, **options) | beside
     for name, value in figures.items():
         if name.endswith("nll_per_token") and not math.isfinite(value):

@@ -27,16 +27,24 @@ def _bound(key: str, digits: int = 4) -> Any:
 
 
 def _latent(key: str, form: str) -> Any:
-    return lambda one: "–" if one["exact"] or one[key] is None else format(one[key], form)
+    return lambda one: "–" if one["exact"] or one.get(key) is None else format(one[key], form)
 
 
 def _given(key: str, form: str) -> Any:
     return lambda one: "–" if one.get(key) is None else format(one[key], form)
 
 
-def _distinct(one: Figures) -> str:
-    values = [one.get(f"distinct_{n}") for n in (1, 2, 3)]
-    return "–" if None in values else ", ".join(f"{value:.3f}" for value in values)
+def _per_batch(one: Figures) -> str:
+    information = _latent("mutual_information_per_batch", ".3f")(one)
+    return information if information == "–" else f"{information} of {one['mutual_information_batch']} texts"
+
+
+def _distinct(name: str) -> Any:
+    def cell(one: Figures) -> str:
+        values = [one.get(f"{name}distinct_{n}") for n in (1, 2, 3)]
+        return "–" if None in values else ", ".join(f"{value:.3f}" for value in values)
+
+    return cell
 
 
 _ROWS: Sequence[tuple[str, Any]] = (
@@ -52,6 +60,8 @@ _ROWS: Sequence[tuple[str, Any]] = (
     ("reconstruction (no bound)", _latent("reconstruction_nll_per_token", ".4f")),
     ("KL, nats/sequence", _latent("kl_per_sequence", ".3f")),
     ("mutual information, nats", _latent("mutual_information", ".3f")),
+    ("  as in the literature, per batch", _per_batch),
+    ("KL of aggregate posterior, nats", _latent("aggregate_kl", ".3f")),
     (
         "active units",
         lambda one: (
@@ -70,8 +80,16 @@ _ROWS: Sequence[tuple[str, Any]] = (
     ("  after a prompt of tokens", _given("prompt_tokens", "d")),
     ("  z inferred every … tokens", _given("reinfer_every", "d")),
     ("prior samples: entropy, nats", _given("sample_entropy_nats", ".3f")),
-    ("prior samples: distinct-1, -2, -3", _distinct),
+    ("prior samples: distinct-1, -2, -3", _distinct("")),
     ("prior samples/s", _given("samples_per_second", ".1f")),
+    ("latents of a prompt, greedy: self-BLEU", _given("diversity_self_bleu", ".1f")),
+    ("  distinct-1, -2, -3", _distinct("diversity_")),
+    ("one latent of it, sampled: self-BLEU", _given("diversity_of_one_latent_self_bleu", ".1f")),
+    ("  its distinct-1, -2, -3", _distinct("diversity_of_one_latent_")),
+    ("style transfer: nearer to z's text", _given("style_transfer_recovered", ".3f")),
+    ("  by prior z", _given("style_transfer_recovered_by_prior_z", ".3f")),
+    ("style transfer: token overlap, F1", _given("style_transfer_overlap", ".3f")),
+    ("  overlap by prior z", _given("style_transfer_overlap_by_prior_z", ".3f")),
 )
 
 

@@ -1,4 +1,4 @@
-"""Figures of text that a model writes from its prior: how varied it is."""
+"""How varied texts are, and figures of the texts that a model writes from its prior."""
 
 import math
 import time
@@ -11,10 +11,10 @@ import torch
 from latentlm.causal_lm import CausalLatentLM
 from latentlm.errors import InputError
 from latentlm.evaluation.batches import evaluating, synchronised
-from latentlm.latent_lm import LatentLM
+from latentlm.latent_lm import LatentLM, LatentLMConfig
 
-# texts written together: of one size, since the tokens of a batch come from one generator
-_AT_ONCE = 32
+#: texts written together: of one size, since the tokens of a batch come from one generator
+AT_ONCE = 32
 
 
 def distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:
@@ -26,6 +26,39 @@ def distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:
 def token_entropy(text: Sequence[int]) -> float:
     """Entropy in nats of the tokens of one text, each occurrence equally likely; at most ln of its length."""
     return -math.fsum(count / len(text) * math.log(count / len(text)) for count in Counter(text).values())
+
+
+def self_bleu(texts: Sequence[Sequence[int]]) -> float:
+    """Mean BLEU of each text against all the others, between 0 and 100, where 100 are texts that are all the same (Zhu
+    et al. 2018, Texygen).
+
+    sacrebleu's sentence BLEU on token ids: n-grams up to 4, or up to the text's length, exponential smoothing. A text
+    that is among the others has 100, an empty one too; an empty one that is not has 0.
+
+    Raises:
+        ValueError: less than two texts.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    if len(texts) < 2:
+        raise ValueError("a text has nothing to be compared with: give at least two")
+    bleu = BLEU(tokenize="none", effective_order=True, force=True)
+    written = [" ".join(map(str, text)) for text in texts]
+    scores = []
+    for place, text in enumerate(written):
+        others = written[:place] + written[place + 1 :]
+        scores.append(100.0 if text in others else bleu.sentence_score(text, others).score if text else 0.0)
+    return math.fsum(scores) / len(scores)
+
+
+def end_tokens(config: LatentLMConfig) -> list[int | None]:
+    """The tokens that end a text; None stands for none."""
+    return [*config.eos_token_id] if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+
+
+def until_end(text: Sequence[int], ends: Sequence[int | None]) -> Sequence[int]:
+    """The text before the first token that ends it."""
+    return text[: next((place for place, token in enumerate(text) if token in ends), len(text))]
 
 
 def prior_samples(
@@ -44,21 +77,18 @@ def prior_samples(
     config = model.config
     if config.bos_token_id is None:
         raise InputError("the model's config names no bos_token_id, so it cannot start a text.")
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    texts: list[list[int]] = []
+    texts: list[Sequence[int]] = []
     start = time.perf_counter()
     with evaluating(model):
-        for first in range(0, number, _AT_ONCE):
+        for first in range(0, number, AT_ONCE):
             rows = model.generate(
-                torch.full((min(_AT_ONCE, number - first), 1), config.bos_token_id, device=model.device),
+                torch.full((min(AT_ONCE, number - first), 1), config.bos_token_id, device=model.device),
                 max_new_tokens=max_new_tokens or config.max_position_embeddings,
                 do_sample=True,
                 top_k=0,
                 seed=seed + first,
             )
-            for row in rows[:, 1:].tolist():
-                end = next((place for place, token in enumerate(row) if token in ends), len(row))
-                texts.append(row[:end])
+            texts += [until_end(row, end_tokens(config)) for row in rows[:, 1:].tolist()]
     synchronised(model.device)
     written = [text for text in texts if text]
     return {
