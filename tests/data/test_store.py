@@ -385,3 +385,23 @@ def test_how_far_it_is_is_said(tmp_path, files, monkeypatch):
 def test_recipes_that_cannot_be_are_refused(overrides, message):
     with pytest.raises(InputError, match=message):
         small_recipe("ltm", *overrides, "training.max_steps=2")
+
+
+def test_words_of_a_recipe_in_memory_in_a_store_and_streamed(tmp_path):
+    texts = [f" word {number % 7} \t of <unk> {number % 3}" for number in range(200)]
+    (tmp_path / "train.txt").write_text("\n".join(texts))
+    (tmp_path / "valid.txt").write_text("word never seen\n")
+    files = (f"data.source={tmp_path / 'train.txt'}", f"data.validation={tmp_path / 'valid.txt'}")
+    words = ("data.tokenizer=words", "data.vocab_size=9", *files)
+    cached = (*words, f"data.cache={tmp_path / 'store'}")
+    in_memory, first, second = (load_corpus(small_recipe("ltm", *given).data) for given in (words, cached, cached))
+    blocks = ("data.unit=blocks", "data.length=4")
+    streamed = load_corpus(small_recipe("ltm", *words, *blocks, "data.streaming=true").data)
+    expected = ["<|endoftext|>", "<unk>", "of", "word", "0", "1", "2", "3", "4"]
+    for corpus in (in_memory, first, second, streamed):
+        assert corpus.tokenizer.convert_ids_to_tokens(range(len(corpus.tokenizer))) == expected
+    assert rows(in_memory.train) == rows(first.train) == rows(second.train)
+    ids = in_memory.validation[0]["input_ids"].tolist()
+    assert in_memory.tokenizer.convert_ids_to_tokens(ids[1:-1]) == ["word", "<unk>", "<unk>"]
+    with pytest.raises(InputError, match=r"holds the tokens of something else \(vocab_size, tokenizer\)"):
+        load_corpus(small_recipe("ltm", *files, "data.vocab_size=300", f"data.cache={tmp_path / 'store'}").data)

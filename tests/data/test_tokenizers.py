@@ -6,7 +6,18 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from latentlm.data import load_tokenizer, python_docs, sentences, token_bytes, train_tokenizer
+from latentlm.data import (
+    Document,
+    Sentences,
+    load_tokenizer,
+    python_docs,
+    sentences,
+    text_batch,
+    token_bytes,
+    train_tokenizer,
+    train_word_tokenizer,
+)
+from latentlm.data.tokenizers import tokenizer_fingerprint
 from latentlm.errors import InputError
 
 ALPHABETS = [(32, 127), (0, 0x300), (0x300, 0xD800), (0xE000, 0x110000)]
@@ -92,7 +103,11 @@ def lossy():
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>")
 
 
-@pytest.mark.parametrize("make", [lambda: gpt2_like(True), lambda: gpt2_like(False), lossy])
+def of_words():
+    return train_word_tokenizer([*TEXTS[:100], "the quick brown fox"], 60)
+
+
+@pytest.mark.parametrize("make", [lambda: gpt2_like(True), lambda: gpt2_like(False), lossy, of_words])
 def test_bytes_add_up(make):
     tokenizer = make()
     for text, (ids, counts) in zip(TEXTS, token_bytes(tokenizer, iter(TEXTS)), strict=True):
@@ -118,3 +133,59 @@ def test_long_texts_and_texts_without_tokens(tokenizer):
     results = list(token_bytes(tokenizer, ["", long, "", "a"]))
     assert [sum(counts) for _, counts in results] == [0, len(long.encode()), 0, 1]
     assert results[0] == results[2] == ([], [])
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def test_words_come_by_frequency_and_then_by_their_characters():
+    texts = ["b a c a", "a b", " \tz b\u2003d\u0085d \n", "", "<unk> <unk> <unk> <unk>"]
+    everything = ["<|endoftext|>", "<unk>", "a", "b", "d", "c", "z"]
+    for size in range(3, 10):
+        tokenizer = train_word_tokenizer(iter(texts), size)
+        assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == everything[:size]
+    other_order = train_word_tokenizer(reversed(texts), 100)
+    assert other_order.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert tokenizer_fingerprint(other_order) == tokenizer_fingerprint(tokenizer)
+    with pytest.raises(InputError, match="vocab_size=2 is too small: give at least 3"):
+        train_word_tokenizer(["a"], 2)
+
+
+def test_an_unknown_word_is_the_corpus_own_unk():
+    tokenizer = train_word_tokenizer(["the cat <unk> the dog", "the end"], 100)
+    known = tokenizer.convert_tokens_to_ids("<unk>")
+    ids = tokenizer.encode("  the\t<unk>  end zebra. dog\r\n")
+    assert ids == [*tokenizer.encode("the"), known, *tokenizer.encode("end"), known, *tokenizer.encode("dog")]
+    # scored and shown as any other word; only the end of text is special
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "the <unk> end <unk> dog"
+    assert tokenizer.all_special_tokens == ["<|endoftext|>"]
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id == 0
+
+
+def test_words_that_hold_the_end_of_text_are_cut_there_when_counted_and_when_encoded():
+    tokenizer = train_word_tokenizer(["x<|endoftext|>y"], 100)
+    assert tokenizer.convert_ids_to_tokens(range(len(tokenizer))) == ["<|endoftext|>", "<unk>", "x", "y"]
+    assert tokenizer.encode("x<|endoftext|>y") == [2, 0, 3]
+
+
+def test_words_save_and_load(tmp_path):
+    tokenizer = of_words()
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    for text in TEXTS:
+        assert loaded.encode(text) == tokenizer.encode(text)
+        assert loaded.decode(loaded.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
+def test_sentences_of_words_score_each_word_and_the_end():
+    texts = [" no it was n't black monday ", "\t", "", "black\tmonday", "<unk> monday"]
+    tokenizer = train_word_tokenizer(texts, 100)
+    data = Sentences([Document(text) for text in texts], tokenizer)
+    assert data.lengths == [7, 3, 3]  # published perplexities of a word count the end of the sentence, too
+    assert data.num_bytes == sum(len(text.encode()) for text in texts if text.strip())
+    batch = text_batch(tokenizer, ["black monday", "it"])
+    assert batch["input_ids"].tolist() == [
+        [0, *tokenizer.encode("black monday"), 0],
+        [0, *tokenizer.encode("it"), 0, 0],
+    ]

@@ -39,6 +39,12 @@ RECIPES_TABLE = [
     Row("recipe: twice", "train a.yaml", "line 2: model is given twice", write("a.yaml", "model: {}\nmodel: {}\n")),
     Row("recipe: no mapping", "train texts.txt", "texts.txt"),
     Row("recipe: optimiser", "train small.yaml training.optim=best", "training.optim: .*best"),
+    Row(
+        "recipe: a folder called words",
+        "train small.yaml data.tokenizer=./words",
+        "./words holds no tokenizer that loads .*: give another",
+        lambda folder: (folder / "words").mkdir(),
+    ),
     Row("recipe: options of the optimiser", "train small.yaml training.optim_args=x", "must be of the form name=value"),
     # ---- sweeps
     Row("sweep: a recipe", "sweep small.yaml", "a sweep is a mapping with the key studies"),
@@ -67,6 +73,8 @@ RECIPES_TABLE = [
             ("data.length=-1", "length must be at least 1"),
             (f"data.length={10**12}", "length must be .* at most"),
             (f"data.vocab_size={10**12}", "vocab_size must be at most"),
+            ("data.vocab_size=256", "vocab_size must be at least 257"),
+            ("data.tokenizer=words data.vocab_size=2", "vocab_size must be at least 3"),
             ("data.limit=-3", "limit must be at least 1"),
             ("training.max_steps=-5", "must not be negative"),
             ("training.per_device_train_batch_size=0", "must be at least 1"),

@@ -14,7 +14,7 @@ from latentlm.data.datasets import (
     text_batch,
 )
 from latentlm.data.store import StoredTokens, store_tokens
-from latentlm.data.tokenizers import load_tokenizer, token_bytes, train_tokenizer
+from latentlm.data.tokenizers import load_tokenizer, token_bytes, train_tokenizer, train_word_tokenizer
 from latentlm.data.tokens import Tokens
 
 __all__ = [
@@ -41,4 +41,5 @@ __all__ = [
     "text_batch",
     "token_bytes",
     "train_tokenizer",
+    "train_word_tokenizer",
 ]

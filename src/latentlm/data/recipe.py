@@ -16,11 +16,19 @@ from transformers import PreTrainedTokenizerBase
 from latentlm.data.corpora import Document, read_documents, source_fingerprint
 from latentlm.data.datasets import Blocks, Sentences, StreamedBlocks, split_documents
 from latentlm.data.store import store_tokens
-from latentlm.data.tokenizers import SMALLEST_VOCABULARY, load_tokenizer, train_tokenizer
+from latentlm.data.tokenizers import (
+    SMALLEST_VOCABULARY,
+    SMALLEST_VOCABULARY_OF_WORDS,
+    load_tokenizer,
+    train_tokenizer,
+    train_word_tokenizer,
+)
 from latentlm.data.tokens import Tokens
 from latentlm.errors import InputError, shown
 
 RECIPE_FILE = "recipe.yaml"
+#: `DataRecipe.tokenizer` that is trained on words; a folder of that name is ./words
+WORDS = "words"
 # blocks that wait in memory to be drawn at random while streaming
 _SHUFFLED_BLOCKS = 4096
 # tokens; a slip of the hand is larger
@@ -48,7 +56,9 @@ class DataRecipe:
         streaming: read, tokenise and shuffle while training, for text that does not fit in memory (blocks only).
         cache: folder in which the tokens of `source` are kept, memory-mapped: tokenised once, by one process, and
             taken up where that was cut short. None keeps them in memory.
-        tokenizer: folder or hub name of a tokenizer; None trains one of `vocab_size` tokens on the training text.
+        tokenizer: folder or hub name of a tokenizer; None trains one of `vocab_size` tokens (pieces of words, which can
+            spell any text) on the training text, and `words` makes one of its `vocab_size` most frequent words, the
+            others `<unk>` (`train_word_tokenizer`; a folder of that name is `./words`).
     """
 
     source: str
@@ -71,8 +81,9 @@ class DataRecipe:
             raise ValueError(f"length must be at least 1 and at most {_LARGEST_COUNT}, not {shown(self.length)}")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit must be at least 1, not {self.limit}")
-        if self.tokenizer is None and self.vocab_size < SMALLEST_VOCABULARY:
-            raise ValueError(f"vocab_size must be at least {SMALLEST_VOCABULARY}, not {self.vocab_size}")
+        smallest = {None: SMALLEST_VOCABULARY, WORDS: SMALLEST_VOCABULARY_OF_WORDS}.get(self.tokenizer)
+        if smallest is not None and self.vocab_size < smallest:
+            raise ValueError(f"vocab_size must be at least {smallest}, not {self.vocab_size}")
         if self.vocab_size > _LARGEST_COUNT:
             raise ValueError(f"vocab_size must be at most {_LARGEST_COUNT}, not {shown(self.vocab_size)}")
         if not 0 < self.validation_fraction < 1:
@@ -159,16 +170,19 @@ def _cached_corpus(data: DataRecipe, folder: str, on_stage: Callable[[str], None
             on_stage(f"tokenising into {folder}: {documents:,} documents, {tokens:,} tokens")
 
     validation = _validation_documents(data)  # before hours of tokenising: it may not be there
+    words = data.tokenizer == WORDS
     tokens, tokenizer = store_tokens(
         folder,
         documents,
-        data.vocab_size if data.tokenizer is None else load_tokenizer(data.tokenizer),
+        data.vocab_size if data.tokenizer is None or words else load_tokenizer(data.tokenizer),
         {
             "source": source_fingerprint(data.source),
             "column": data.column,
             "sample_by": data.sample_by,
             "limit": data.limit,
+            **({"tokenizer": WORDS} if words else {}),
         },
+        train=train_word_tokenizer if words else train_tokenizer,
         on_progress=on_progress,
         on_wait=lambda: on_stage(f"waiting for another process that tokenises into {folder}"),
     )
@@ -185,7 +199,9 @@ def _validation_documents(data: DataRecipe) -> list[Document]:
 
 
 def _tokenizer(data: DataRecipe, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    return train_tokenizer(texts, data.vocab_size) if data.tokenizer is None else load_tokenizer(data.tokenizer)
+    if data.tokenizer is None:
+        return train_tokenizer(texts, data.vocab_size)
+    return train_word_tokenizer(texts, data.vocab_size) if data.tokenizer == WORDS else load_tokenizer(data.tokenizer)
 
 
 def saved_data_recipe(folder: str | Path) -> DataRecipe | None:

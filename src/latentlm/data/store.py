@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -71,6 +71,7 @@ def store_tokens(
     tokenizer: PreTrainedTokenizerBase | int,
     made_of: Mapping[str, Any],
     *,
+    train: Callable[[Iterable[str], int], PreTrainedTokenizerBase] = train_tokenizer,
     on_progress: Callable[[int, int], None] = lambda documents, tokens: None,
     on_wait: Callable[[], None] = lambda: None,
 ) -> tuple[StoredTokens, PreTrainedTokenizerBase]:
@@ -81,7 +82,9 @@ def store_tokens(
     Args:
         documents: gives a fresh iterator over the documents each time it is called, in the same order.
         tokenizer: or the vocabulary size of one to train on the documents, once; it is kept in the store.
-        made_of: what the documents are, in JSON's types, each under the name that an error calls it.
+        made_of: what the documents are (and how a tokenizer is trained, if not by `train_tokenizer`), in JSON's types,
+            each under the name that an error calls it.
+        train: makes that tokenizer, from texts and a vocabulary size.
         on_progress: called with (documents read, tokens) whenever these are safe on the disk.
         on_wait: called before waiting for another process.
 
@@ -97,7 +100,7 @@ def store_tokens(
             journal = _read_journal(folder, given) or _begin(folder, given)
             _remove_leftovers(folder)
             if isinstance(tokenizer, int):
-                tokenizer = _kept_tokenizer(folder, documents, tokenizer)
+                tokenizer = _kept_tokenizer(folder, documents, tokenizer, train)
             if not journal.complete:
                 with saving(folder):
                     _write(folder, journal, documents(), tokenizer, on_progress)
@@ -150,10 +153,15 @@ def _remove_leftovers(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _kept_tokenizer(folder: Path, documents: Callable[[], Iterator[Document]], size: int) -> PreTrainedTokenizerBase:
+def _kept_tokenizer(
+    folder: Path,
+    documents: Callable[[], Iterator[Document]],
+    size: int,
+    train: Callable[[Iterable[str], int], PreTrainedTokenizerBase],
+) -> PreTrainedTokenizerBase:
     kept = folder / _TOKENIZER
     if not kept.exists():
-        tokenizer = train_tokenizer((document.text for document in documents()), size)
+        tokenizer = train((document.text for document in documents()), size)
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{_TOKENIZER}-") as unfinished:
             whole = Path(unfinished) / _TOKENIZER
             tokenizer.save_pretrained(whole)

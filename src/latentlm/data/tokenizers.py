@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, Int64
@@ -14,8 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from latentlm.data.hub import hub_or_cache
 from latentlm.errors import InputError, one_sentence
 
-END_OF_TEXT = "<|endoftext|>"
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+END_OF_TEXT, UNKNOWN_WORD = "<|endoftext|>", "<unk>"
 SMALLEST_VOCABULARY = 257
+SMALLEST_VOCABULARY_OF_WORDS = 3
 T = TypeVar("T")
 _BATCH_TEXTS, _BATCH_CHARACTERS = 1000, 1_000_000
 
@@ -43,6 +48,42 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return _with_end_of_text(tokenizer)
+
+
+def train_word_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Makes a vocabulary of the words between white space, for corpora that papers score by the word (Penn Treebank).
+
+    Every other word becomes `<unk>`, as does the string `<unk>` that some corpora hold in place of rare words: it is
+    scored and kept in decoded text like any other word. White space is not kept: `decode(encode(text))` has single
+    blanks. What `<unk>` stood for costs nothing, so likelihoods, bits per byte included, compare only between models of
+    the same vocabulary.
+
+    Args:
+        texts: the training texts, read once.
+        vocab_size: number of tokens at most: `<|endoftext|>` (which is BOS, EOS and padding), `<unk>`, and the words in
+            the order of how often they occur, equals in that of their characters; fewer if the texts have no more.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if vocab_size < SMALLEST_VOCABULARY_OF_WORDS:
+        smallest = f"at least {SMALLEST_VOCABULARY_OF_WORDS}, for {END_OF_TEXT}, {UNKNOWN_WORD} and a word"
+        raise InputError(f"vocab_size={vocab_size} is too small: give {smallest}")
+    white_space = pre_tokenizers.WhitespaceSplit()  # Unicode's; Python's split knows four control characters more
+    counts: Counter[str] = Counter()
+    for text in texts:
+        # a tokenizer finds its end of text within words, too
+        counts.update(word for word, _ in white_space.pre_tokenize_str(text.replace(END_OF_TEXT, " ")))
+    del counts[UNKNOWN_WORD]
+    words = sorted(counts, key=lambda word: (-counts[word], word))
+    vocabulary = [END_OF_TEXT, UNKNOWN_WORD, *words][:vocab_size]
+    numbers = {word: number for number, word in enumerate(vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token=UNKNOWN_WORD))
+    tokenizer.pre_tokenizer = white_space
+    return _with_end_of_text(tokenizer)
+
+
+def _with_end_of_text(tokenizer: "Tokenizer") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
