@@ -131,7 +131,7 @@ def test_ctrl_c_ends_without_a_traceback(latentlm, monkeypatch):
 
 def test_a_real_ctrl_c_ends_a_real_run(working_folder):
     """A process of its own: training is stopped at its first steps, leaves a checkpoint, and goes on from it."""
-    steps = ["training.max_steps=500", "training.save_strategy=steps", "training.save_steps=10"]
+    steps = ["training.max_steps=2000", "training.save_strategy=steps", "training.save_steps=100"]
     # tests that a script started in the background ignore SIGINT, and so would the process that they start
     heed = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     command = [sys.executable, "-c", f"{heed}; from latentlm.cli import main; main()", "train", "small.yaml", *steps]
@@ -139,9 +139,9 @@ def test_a_real_ctrl_c_ends_a_real_run(working_folder):
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
     ) as process:
-        told = next(line for line in process.stdout if "step 50 of 500" in line)
+        told = next(line for line in process.stdout if "step 200 of 2000" in line)
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=200)
     assert "training LTM" in told
     assert process.returncode == 130
     assert "Traceback" not in err

@@ -35,6 +35,7 @@ DOCUMENTS = [
 MADE_OF = {"source": "sixty sentences", "limit": None}
 FILES = ("tokens.bin", "bytes.bin", "documents.bin", "store.json")
 fork = multiprocessing.get_context("fork")
+LATEST = 200  # seconds in which even a busy machine has got there
 
 
 class Cut(Exception):
@@ -177,9 +178,9 @@ def test_processes_that_are_killed_leave_what_the_next_one_needs(tokenizer, tmp_
     documents = DOCUMENTS * 8
     start = time.monotonic()
     written(tmp_path / "whole", tokenizer, documents)
-    longest, rng, killed = time.monotonic() - start, random.Random(0), 0
-    for trial in range(4):
-        folder = tmp_path / str(trial)
+    longest, rng, killed, trials = time.monotonic() - start, random.Random(0), 0, 0
+    while trials < 4 or killed <= 4:
+        folder, trials = tmp_path / str(trials), trials + 1
         for _ in range(4):
             child = fork.Process(target=written, args=(folder, tokenizer, documents))
             child.start()
@@ -187,10 +188,11 @@ def test_processes_that_are_killed_leave_what_the_next_one_needs(tokenizer, tmp_
             child.kill()
             child.join()
             killed += child.exitcode == -signal.SIGKILL
+            if child.exitcode == 0:  # the machine was busier when the time was taken
+                longest *= 0.9
         written(folder, tokenizer, documents)
         assert content(folder) == content(tmp_path / "whole")
         assert not list(folder.glob(".*"))
-    assert killed > 4
 
 
 def test_a_store_that_is_complete_is_only_read(tokenizer, tmp_path):
@@ -211,7 +213,7 @@ def test_one_process_writes_and_the_other_waits(tokenizer, tmp_path):
     def slow():
         yield from DOCUMENTS[:10]
         reading.set()
-        assert go_on.wait(60)
+        assert go_on.wait(LATEST)
         yield from DOCUMENTS[10:]
 
     def unread():
@@ -222,14 +224,14 @@ def test_one_process_writes_and_the_other_waits(tokenizer, tmp_path):
         target=store_tokens, args=(tmp_path / "store", unread, tokenizer, MADE_OF), kwargs={"on_wait": waiting.set}
     )
     one.start()
-    assert reading.wait(60)
+    assert reading.wait(LATEST)
     two.start()
-    assert waiting.wait(60)
+    assert waiting.wait(LATEST)
     two.join(0.2)
     assert two.is_alive()
     go_on.set()
     for process in (one, two):
-        process.join(60)
+        process.join(LATEST)
         assert process.exitcode == 0
     assert_equal(StoredTokens(tmp_path / "store"), Tokens.of(DOCUMENTS, tokenizer))
 

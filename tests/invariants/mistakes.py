@@ -15,6 +15,8 @@ from tests.command import run
 
 from latentlm.data import train_tokenizer
 
+DEEP = "[\n" * 5000  # without ends of lines yaml takes a second, since anything on one may be a key
+
 
 class Row(NamedTuple):
     """`kind: what`, a command line, a regular expression for the answer; what is done to the folder before.

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from tests.command import LONG
 from tests.invariants.mistakes import (
+    DEEP,
     RESUME,
     Row,
     begun,
@@ -101,7 +102,7 @@ MODELS_TABLE = [
         "half-written: recipe of the model, nested",
         "evaluate model",
         "recipe.yaml is no recipe .*: delete it, or give",
-        write("model/recipe.yaml", "data: " + "[" * 5000),
+        write("model/recipe.yaml", "data: " + DEEP),
     ),
     Row("half-written: run already", "train small.yaml --output model", "holds a run already: name another --output"),
     *(

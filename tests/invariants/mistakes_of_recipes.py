@@ -1,6 +1,6 @@
 """Of recipes, sweeps, numbers and options that do not go together."""
 
-from tests.invariants.mistakes import Row, write
+from tests.invariants.mistakes import DEEP, Row, write
 
 DIVERGING = "training.learning_rate=1e30"
 
@@ -28,7 +28,7 @@ RECIPES_TABLE = [
     Row("recipe: ours", "train small.yaml training.output_dir=x", "set by latentlm itself: leave it out"),
     Row("recipe: not supported", "train small.yaml training.push_to_hub=true", "not supported yet: leave it out"),
     Row("recipe: no YAML", "train a.yaml", "a.yaml, line 2: not valid YAML", write("a.yaml", "model:\n\t- x\n")),
-    Row("recipe: nested", "train a.yaml", "a.yaml: not valid YAML: it is nested", write("a.yaml", "a: " + "[" * 5000)),
+    Row("recipe: nested", "train a.yaml", "a.yaml: not valid YAML: it is nested", write("a.yaml", "a: " + DEEP)),
     Row(
         "recipe: no date",
         "train a.yaml",
@@ -50,7 +50,7 @@ RECIPES_TABLE = [
     Row("sweep: a recipe", "sweep small.yaml", "a sweep is a mapping with the key studies"),
     Row("sweep: texts", "sweep texts.txt", "a sweep is a mapping"),
     Row("sweep: override", "sweep sweep.yaml model.beta", "not of the form section.key=value, as"),
-    Row("sweep: nested", "sweep a.yaml", "a.yaml: not valid YAML: it is nested", write("a.yaml", "a: " + "[" * 5000)),
+    Row("sweep: nested", "sweep a.yaml", "a.yaml: not valid YAML: it is nested", write("a.yaml", "a: " + DEEP)),
     Row(
         "sweep: no recipe",
         "sweep a.yaml",

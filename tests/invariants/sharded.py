@@ -1,6 +1,10 @@
 """Two optimiser steps of a small model, and its scores, in one process or sharded over several by `fully_shard`."""
 
 import os
+import pickle
+import subprocess
+import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from tests.toy import Rows, padded, small_variant, texts
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -103,26 +106,69 @@ Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 def in_two_processes(calls: list[Call], folder: Path) -> list[tuple[Any, Any]]:
-    """What each of `calls`, a function and its first arguments, gives with (…, rank, 2) in processes joined by gloo."""
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=_process, args=(calls, rank, str(folder))) for rank in range(2)]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
-    results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    return list(zip(*results, strict=True))
+    """What each of `calls`, a function and its first arguments, gives with (…, rank, 2) in processes joined by gloo.
+
+    Neither process leaves before the results of both are on disk, since the other may still be in its last collective.
+
+    Raises:
+        RuntimeError: one of them ended without results; says how each ended and what it said.
+    """
+    (folder / "calls").write_bytes(pickle.dumps(calls))
+    results = [folder / f"{rank}.pt" for rank in range(2)]
+    children: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(2):
+            command = "from tests.invariants.sharded import work_off; work_off()"
+            with (folder / f"{rank}.log").open("wb") as log:
+                children.append(
+                    subprocess.Popen(
+                        [sys.executable, "-X", "faulthandler", "-c", command, str(folder), str(rank)],
+                        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
+                        stdin=subprocess.PIPE,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+        # how long this may take is for the test's timeout to say, which a slow machine does not meet
+        while not all(path.exists() for path in results):
+            codes = [child.poll() for child in children]
+            if any(code is not None for code in codes):
+                raise RuntimeError("\n".join(_account(folder, rank, code) for rank, code in enumerate(codes)))
+            time.sleep(0.05)
+    except BaseException as error:
+        if not isinstance(error, RuntimeError):  # the timeout: pytest shows what is printed here
+            print(*(_account(folder, rank, child.poll()) for rank, child in enumerate(children)), sep="\n")
+        raise
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
+    return list(zip(*(torch.load(path, weights_only=False) for path in results), strict=True))
 
 
-def _process(calls: list[Call], rank: int, folder: str) -> None:
+def _account(folder: Path, rank: int, code: int | None) -> str:
+    """How one of the processes ended, and the end of what it said."""
+    how = "was still running" if code is None else f"ended without results, exit code {code}"
+    said = (folder / f"{rank}.log").read_text(errors="replace")[-20_000:]
+    return f"process {rank} {how}; it said:\n{said or '(nothing)'}"
+
+
+def work_off() -> None:
+    """One of the processes: `work_off` in a command with its folder and its rank."""
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=30), 2, rank)
+    # minutes: a busy machine may start one of the two late, or let it stand still; the end of one is noticed without
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(minutes=30), 2, rank)
     results: list[Any] = []
-    for work, arguments in calls:
+    for work, arguments in pickle.loads((folder / "calls").read_bytes()):
         try:
             results.append(work(*arguments, rank=rank, processes=2))
         except Exception:
+            # where it fails in one process alone the other waits for ever: then this is what tells why
+            print(f"{work.__name__}{arguments} failed:\n{traceback.format_exc()}", flush=True)
             results.append(traceback.format_exc())
-    torch.save(results, f"{folder}/{rank}.pt")
-    # where one process failed the other may wait for it for ever: no farewell through the group
+    torch.save(results, folder / f"{rank}.part")
+    (folder / f"{rank}.part").rename(folder / f"{rank}.pt")
+    sys.stdin.read()  # until it is killed, or whoever started it is gone
+    # no farewell through the group, in which the other may hang
     os._exit(0)

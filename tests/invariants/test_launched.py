@@ -45,16 +45,22 @@ def launched(folder: Path, *command: str, launcher: tuple[str, ...] = (), proces
     launcher = launcher or ("torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
     # the repository's root for `tests`, and wherever latentlm is imported from here
     path = os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])
-    ended = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", *launcher, *command],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         cwd=folder,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=240,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    ) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:  # the test's timeout: a launcher that is killed would leave its processes behind
+            process.terminate()
+            print(*process.communicate(timeout=60), sep="\n")  # pytest shows it
+            raise
+    assert process.returncode == 0, err
+    return out
 
 
 def together(folder: Path, *overrides: str) -> list[dict]:
@@ -134,8 +140,11 @@ def test_streamed_blocks_are_shared_out(tmp_path):
     [
         pytest.param((), id="torchrun"),
         pytest.param(
-            # --multi_gpu is its name for torch's launcher; the one for CPUs needs MPI
-            ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
+            # --multi_gpu is its name for torch's launcher; the one for CPUs needs MPI. Port 0: any that is free.
+            (
+                *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
+                "--main_process_port=0",
+            ),
             id="accelerate launch",
         ),
     ],

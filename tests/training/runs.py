@@ -2,7 +2,6 @@
 
 import atexit
 import functools
-import gc
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,8 +64,6 @@ def small_recipe(family: str = "ltm", *overrides: str) -> Recipe:
 
 def run(output: Path, *overrides: str, family: str = "ltm", **options: Any) -> Run:
     """The small recipe with overrides, trained in a folder."""
-    # the Trainer collects garbage when it begins, which takes as long as these runs unless all that is there is exempt
-    gc.freeze()
     return Run(*train(small_recipe(family, *overrides), output, **options))
 
 
