@@ -22,6 +22,8 @@ KEYS = {
     "exact",
     "elbo_nll_per_token",
     "iw_nll_per_token",
+    "elbo_nll_per_sequence",
+    "iw_nll_per_sequence",
     "iw_samples",
     "reconstruction_nll_per_token",
     "kl_per_token",
@@ -87,6 +89,7 @@ def test_figures_agree_with_each_other(model, figures):
     assert figures["kl_per_token"] * tokens == pytest.approx(figures["kl_per_sequence"] * figures["sequences"])
     for kind in ("elbo", "iw"):
         nats = figures[f"{kind}_nll_per_token"]
+        assert figures[f"{kind}_nll_per_sequence"] == pytest.approx(nats * tokens / figures["sequences"])
         assert figures[f"{kind}_perplexity"] == pytest.approx(math.exp(nats))
         assert figures[f"{kind}_bits_per_byte"] == pytest.approx(nats * tokens / math.log(2) / count)
     assert figures["tokens_per_second"] == pytest.approx(tokens / figures["seconds"])

@@ -17,6 +17,7 @@ from latentlm.evaluation.likelihood import evaluate, score
 FIGURES = (
     "elbo_nll_per_token",
     "iw_nll_per_token",
+    "iw_nll_per_sequence",
     "reconstruction_nll_per_token",
     "prior_nll_per_token",
     "kl_per_token",
@@ -41,7 +42,7 @@ def assert_same(one, other):
         assert one[key] == other[key], key
 
 
-@pytest.fixture(scope="module", params=["ltm", "autoregressive"])
+@pytest.fixture(scope="module", params=["ltm", "gpt_vae", "autoregressive"])
 def model(request):
     return load(trained(request.param))[0]
 

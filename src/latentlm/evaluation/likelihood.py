@@ -90,6 +90,8 @@ def evaluate(
         "exact": model.exact,
         "elbo_nll_per_token": per_token["elbo"],
         "iw_nll_per_token": per_token["iw"],
+        "elbo_nll_per_sequence": totals["elbo"] / number,
+        "iw_nll_per_sequence": totals["iw"] / number,
         "iw_samples": samples,
         "reconstruction_nll_per_token": per_token["reconstruction"],
         "kl_per_token": per_token["kl"],

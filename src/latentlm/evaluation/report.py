@@ -54,6 +54,7 @@ _ROWS: Sequence[tuple[str, Any]] = (
     ("NLL by ELBO, nats/token", _bound("elbo_nll_per_token")),
     ("NLL by IW, nats/token", _bound("iw_nll_per_token")),
     ("  importance samples K", lambda one: "–" if one["exact"] else str(one["iw_samples"])),
+    ("NLL by IW, nats/sequence", _bound("iw_nll_per_sequence", 2)),
     ("perplexity by IW", _bound("iw_perplexity", 3)),
     ("bits per byte by IW", _bound("iw_bits_per_byte")),
     ("NLL under prior z, nats/token", _latent("prior_nll_per_token", ".4f")),

@@ -14,6 +14,8 @@ _COLUMNS: Sequence[tuple[str, str, str]] = (
     ("parameters", "parameters", ",.0f"),
     ("ELBO", "elbo_nll_per_token", ".4f"),
     ("IW", "iw_nll_per_token", ".4f"),
+    ("IW/seq.", "iw_nll_per_sequence", ".2f"),
+    ("IW PPL", "iw_perplexity", ".2f"),
     ("prior z", "prior_nll_per_token", ".4f"),
     ("reconstr.", "reconstruction_nll_per_token", ".4f"),
     ("KL", "kl_per_sequence", ".2f"),
@@ -83,7 +85,7 @@ def _cell(row: Row, key: str, form: str) -> str:
     if row.get(key) is None or (row["exact"] and key in _OF_LATENTS):
         return "–"
     text = format(row[key], form)
-    if row["exact"] and key in ("elbo_nll_per_token", "iw_nll_per_token"):
+    if row["exact"] and key.startswith(("elbo_", "iw_")):
         text = f"= {text}"
     spread = row["spread"].get(key, 0.0)
     return f"{text} ± {format(spread, form)}" if spread else text

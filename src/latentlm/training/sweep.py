@@ -412,5 +412,7 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             if isinstance(value, float | int) and not isinstance(value, bool) and None not in values:
                 row[key] = statistics.fmean(values)
                 row["spread"][key] = statistics.stdev(values) if len(values) > 1 else 0.0
+            elif isinstance(value, list) and len(group) > 1:
+                del row[key]  # dimension d of one seed's latent is not that of another's
         merged.append(row)
     return merged
