@@ -46,6 +46,57 @@ RECIPES_TABLE = [
         lambda folder: (folder / "words").mkdir(),
     ),
     Row("recipe: options of the optimiser", "train small.yaml training.optim_args=x", "must be of the form name=value"),
+    # ---- against collapse
+    *(
+        Row(f"recipe: {name}", f"train small.yaml {settings}", says)
+        for name, settings, says in (
+            ("a cycle that is none", "model.beta_cycles=2 model.beta_cycle_ratios=[0.5,0.9,0.1]", "that sum to 1, not"),
+            (
+                "a cycle of two parts",
+                "model.beta_cycles=2 model.beta_cycle_ratios=[0.5,0.5]",
+                "three shares of a cycle",
+            ),
+            ("cycles without end", f"model.beta_cycles={10**20}", "beta_cycles must be at most"),
+            ("a warm-up longer than training", "model.beta_warmup=2", "fraction of training between 0 and 1, not 2"),
+            ("two schedules", "model.kl_target=3 model.beta_warmup=0.2", "two schedules of beta: give one"),
+            ("a target of nothing", "model.kl_target=0", "kl_target must be a number above 0, or null"),
+            ("a threshold that is no number", "model.kl_threshold=.nan", "kl_threshold must be a number above 0"),
+            ("two charges", "model.kl_threshold=3 model.free_bits=0.1", "two charges for the KL: give one"),
+            ("word dropout", "model.word_dropout=1.2", "word_dropout must be between 0 and 1"),
+            ("latent dropout", "model.latent_dropout=1", r"latent_dropout must be in \[0, 1\)"),
+            (
+                "batch norm of no encoder",
+                "model.encoder_batch_norm=0.5",
+                "needs an encoder, and inference gradient has",
+            ),
+            ("no encoder to train", "encoder.pretraining_steps=1", "has no encoder to train: set model.inference to"),
+            (
+                "longer in school than in life",
+                "model.inference=amortised encoder.pretraining_steps=3",
+                "pretraining_steps must be less than training.max_steps, 3",
+            ),
+            (
+                "an encoder from nowhere",
+                "model.inference=amortised encoder.initial=nothing",
+                "nothing does not exist or is no folder: give",
+            ),
+            (
+                "an encoder of a control",
+                "model.inference=amortised encoder.initial=control",
+                "control holds a Autoregressive, and the encoder must be one of the family LTM",
+            ),
+            (
+                "an encoder of a model without",
+                "model.inference=amortised encoder.initial=model",
+                r"the encoder of model has another shape \(for one, encoder.*: give it the same fields",
+            ),
+            (
+                "an encoder of other words",
+                "model.inference=amortised encoder.initial=model data.vocab_size=280",
+                "the encoder of model does not know this vocabulary: give data.tokenizer=model",
+            ),
+        )
+    ),
     # ---- sweeps
     Row("sweep: a recipe", "sweep small.yaml", "a sweep is a mapping with the key studies"),
     Row("sweep: texts", "sweep texts.txt", "a sweep is a mapping"),

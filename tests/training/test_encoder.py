@@ -113,7 +113,7 @@ def test_the_first_encoder_may_be_another_models(tmp_path):
         (("encoder.initial=nothing",), "gpt_vae", "nothing does not exist"),
         (("data.vocab_size=280",), "gpt_vae", "does not know this vocabulary: give data.tokenizer="),
         (("model.latent_size=5",), "gpt_vae", "another shape .for one, encoder"),
-        (("model.inference=amortised",), "ltm", "holds a GPTVAE: take the encoder of a LTM"),
+        (("model.inference=amortised",), "ltm", "holds a GPTVAE, and the encoder must be one of the family LTM"),
     ],
 )
 def test_an_encoder_that_does_not_fit_is_refused(tmp_path, overrides, family, words):

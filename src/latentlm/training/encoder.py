@@ -70,7 +70,8 @@ def take_encoder(model: LatentLM, tokenizer: PreTrainedTokenizerBase, folder: st
     other, other_tokenizer = load(folder)
     assert isinstance(model, VariationalLM)
     if type(other) is not type(model):
-        raise InputError(f"{folder} holds a {type(other).__name__}: take the encoder of a {type(model).__name__}.")
+        kinds = f"a {type(other).__name__}, and the encoder must be one of the family {type(model).__name__}"
+        raise InputError(f"{folder} holds {kinds}.")
     if tokenizer_fingerprint(other_tokenizer) != tokenizer_fingerprint(tokenizer):
         raise InputError(
             f"the encoder of {folder} does not know this vocabulary: give data.tokenizer={folder}, "
