@@ -6,7 +6,7 @@ and backward, and the update. A text is sampled from the whole distribution afte
 side writes 128 tokens. Rounds alternate between the sides; medians over rounds.
 
 The opponent (x_transformers.gpt_vae, version printed) has its faster settings where settings change no mathematics:
-`attn_flash=True`, `cache_kv=True`, its LayerNorm (its RMSNorm is slower), no filter of logits. `attn_dim_head=32` for
+`attn_flash=True`, `cache_kv=True`, its default LayerNorm, no filter of logits. `attn_dim_head=32` for
 equal widths (its default is 64), rotary positions over the whole head, as ours and as it advises, latents never dropped
 (ours are never dropped; its default drops half of them, at the same cost). Its feed-forward layer is its default: GELU,
 4 times the width, about the parameters of our gated one. Its embedding and projection are not tied, which its GPTVAE
