@@ -166,9 +166,15 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         if type(self.lm_head).forward is not nn.Linear.forward:  # an adapter does more than its weight says
             return super().log_likelihood(latents, input_ids, attention_mask, condition)
         states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
-        log_likelihood = token_log_likelihood(states.flatten(0, 1), self.lm_head.weight, targets.flatten())
         scored = self.scored_tokens(input_ids, attention_mask)
-        return log_likelihood.view(*samples, *scored.shape).masked_fill(~scored, 0.0)
+        states, targets, weight = states.flatten(0, 1), targets.flatten(), self.lm_head.weight
+        if attention_mask is None:
+            log_likelihood = token_log_likelihood(states, weight, targets)
+        else:  # padding is not projected
+            (rows,) = scored.expand(*samples, *scored.shape).flatten().nonzero(as_tuple=True)
+            of_rows = token_log_likelihood(states[rows], weight, targets[rows])
+            log_likelihood = of_rows.new_zeros(len(targets)).index_copy(0, rows, of_rows)
+        return log_likelihood.view(*samples, *scored.shape)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 

@@ -27,14 +27,18 @@ def reference(states, weight, targets):
 
 
 @pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
-def test_value_and_gradients(wanted):
+def test_value_and_gradients(wanted, equal):
+    """Also where the loss weighs all tokens alike, which takes a way of its own."""
     states, weight, targets = inputs()
     states.requires_grad_(wanted[0])
     weight.requires_grad_(wanted[1])
     found, expected = token_log_likelihood(states, weight, targets), reference(states, weight, targets)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     gradient = torch.randn(TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    if equal:
+        gradient = torch.full_like(gradient, -0.7)
     asked = [part for part, want in zip((states, weight), wanted, strict=True) if want]
     if asked:
         ours, theirs = (torch.autograd.grad(value, asked, gradient) for value in (found, expected))
