@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "two latent tokens": ("gpt_vae", {"latent_tokens": 2, "pooling": "attention"}),
     "cooperative gpt_vae": ("gpt_vae", {"inference": "cooperative", "inference_steps": 2, "pooling": "last"}),
     "batch norm": ("gpt_vae", {"encoder_batch_norm": 0.7}),
+    "gpt_vae with a window": ("gpt_vae", {"sliding_window": 3}),
     "gradient gpt_vae": ("gpt_vae", {"inference": "gradient", "inference_steps": 2}),
     "memory": ("autoregressive", {"memory_per_layer": 3, "memory_size": 8}),
     "amortised": ("ltm", {"inference": "amortised", "encoder_layers": 1}),

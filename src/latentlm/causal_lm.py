@@ -411,11 +411,18 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         spacing = self.config.max_position_embeddings / number
         return (torch.arange(number, device=self.device)[None] + 0.5) * spacing
 
-    def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> Any:
-        make = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
-        return make(
-            config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=self_cache(cache)
-        )
+    def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, always_seen: int = 0) -> Any:
+        """The mask of causal attention, by the config's window; the first `always_seen` vectors stay in sight of it."""
+        given = {"attention_mask": attention_mask, "past_key_values": self_cache(cache)}
+        if self.config.sliding_window is None:
+            return create_causal_mask(config=self.config, inputs_embeds=x, **given)
+        if always_seen:
+
+            def or_mask_function(batch: Any, head: Any, query: Any, key: Any) -> Any:
+                return (key < always_seen) & (key <= query)
+
+            given["or_mask_function"] = or_mask_function
+        return create_sliding_window_causal_mask(config=self.config, inputs_embeds=x, **given)
 
 
 class _Finite(LogitsProcessor):

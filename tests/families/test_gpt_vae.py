@@ -83,13 +83,19 @@ def test_every_word_sees_z_and_the_first_one_most_of_all():
     assert (moved > 1e-3).all()
 
 
-def test_a_window_hides_z_from_later_words():
-    """Documented: beyond layers × (window − 1) tokens z is out of sight."""
-    model = model_of(sliding_window=3, num_hidden_layers=2)
-    input_ids = texts(1, 12)
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_a_window_leaves_z_in_sight(side):
+    model = model_of(sliding_window=2, num_hidden_layers=1, latent_tokens=2)
+    input_ids, mask = texts(2, 12), None
+    if side != "none":
+        input_ids, mask = padded(input_ids, [12, 9], side)
     one, other = prior_latents(model, input_ids, 2)
-    moved = (model.decode(one, input_ids) - model.decode(other, input_ids)).abs().amax(-1)[0]
-    assert (moved[:4] > 0).all() and (moved[5:] == 0).all()
+    moved = (model.decode(one, input_ids, mask) - model.decode(other, input_ids, mask)).abs().amax(-1)
+    assert (moved[model.scored_tokens(input_ids, mask)] > 1e-3).all()
+    found = model.generate(input_ids[:, :5], one, max_new_tokens=12)  # beyond the window, by its cache
+    again = model.generate(input_ids[:, :5], one, max_new_tokens=12, use_cache=False)
+    assert torch.equal(found, again)
+    assert not torch.equal(found, model.generate(input_ids[:, :5], other, max_new_tokens=12))
 
 
 def test_latents_of_another_size_are_refused():

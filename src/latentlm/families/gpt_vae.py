@@ -16,9 +16,9 @@ from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.distributions import Independent
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
-from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
+from latentlm.causal_lm import CausalConfig, CausalLatentLM
 from latentlm.distributions import standard_normal
 from latentlm.errors import InputError
 from latentlm.latent_lm import TrainingInference
@@ -35,7 +35,7 @@ class GPTVAEConfig(CausalConfig, VariationalConfig):
         latent_tokens: how many tokens z becomes, by a linear map.
         pooling: how the encoder's states become one vector: their "mean", the "first" (BOS's), the "last" (EOS's, or
             where a text was cut), or "attention" with a learned query.
-        sliding_window: None by default. With one, words further from the beginning than layers × window do not see z.
+        sliding_window: None by default. A window limits what is seen of the text; z stays in sight.
     """
 
     model_type = "latentlm_gpt_vae"
@@ -95,6 +95,7 @@ class GPTVAE(CausalLatentLM, VariationalLM):
 
     config: GPTVAEConfig
     config_class = GPTVAEConfig
+    _supports_flash_attn = False  # its window would hide z
 
     def __init__(self, config: GPTVAEConfig):
         super().__init__(config)
@@ -167,7 +168,7 @@ class GPTVAE(CausalLatentLM, VariationalLM):
             x = torch.cat((self.latent_tokens(latents.to(x.dtype)).unflatten(1, (number, -1)), x), dim=1)
             between = torch.arange(1, number + 1, device=x.device).expand(len(position_ids), -1)
             position_ids = torch.cat((between, position_ids), dim=1)
-        mask = self._mask(x, attention_mask, past_key_values)
+        mask = self._mask(x, attention_mask, past_key_values, always_seen=number)
         width = self.config.hidden_size // self.config.num_attention_heads
         positions = rotation(position_ids, width, self.config.rope_theta)
         for layer in self.layers:
@@ -175,7 +176,7 @@ class GPTVAE(CausalLatentLM, VariationalLM):
         return self.norm(x if seen else x[:, number:])
 
     def new_cache(self) -> Cache:
-        return token_cache(self.config)
+        return DynamicCache()  # whole, since one of a window would forget z
 
     def _source(self, input_ids: Tensor, attention_mask: Tensor | None, condition: Any) -> tuple[Tensor, Tensor | None]:
         """The text to infer z from."""
