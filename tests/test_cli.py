@@ -231,7 +231,8 @@ def test_sweep_shows_a_table_for_each_study_and_goes_on_where_it_was(latentlm, w
     assert [row["run"] for row in rows] == ["two", "one"]
     for row in rows:
         assert any(row["run"] in line and f"{row['iw_nll_per_token']:.4f}" in line for line in out.splitlines())
-    assert (working_folder / "runs" / "sweep" / "studies.png").read_bytes().startswith(b"\x89PNG")
+    for picture in ("studies.png", "curves.png"):
+        assert (working_folder / "runs" / "sweep" / picture).read_bytes().startswith(b"\x89PNG")
     before = {path.name for path in (working_folder / "runs" / "sweep").iterdir()}
     assert latentlm(*command)[0] == 0
     assert json.loads((working_folder / "rows.json").read_text()) == rows

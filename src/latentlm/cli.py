@@ -164,10 +164,10 @@ def sweep(
 
     Example: latentlm sweep recipes/sweeps/ltm-inference.yaml --jobs 2
     """
-    from latentlm.evaluation.studies import study_markdown, study_plots, study_table
+    from latentlm.evaluation.studies import study_curves, study_markdown, study_plots, study_table
     from latentlm.files import write_whole
     from latentlm.training.progress import counted
-    from latentlm.training.sweep import load_sweep, over_seeds, run_sweep
+    from latentlm.training.sweep import histories, load_sweep, over_seeds, run_sweep
 
     console = _console()
     checked = load_sweep(recipe, overrides or [])
@@ -193,10 +193,13 @@ def sweep(
         write_whole(folder / "studies.md", "\n".join(study_markdown(*study) for study in shown.items()))
         plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items()}
         study_plots(plots, folder / "studies.png")
+        study_curves(histories(checked, folder), folder / "curves.png")
     if failures:
         raise InputError(f"{len(failures)} of {len(checked.runs)} runs failed; the first: {failures[0]}")
     console.print(
-        f"left in {folder}: studies.md, studies.png, and a folder for each model", highlight=False, soft_wrap=True
+        f"left in {folder}: studies.md, studies.png, curves.png, and a folder for each model",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from latentlm.evaluation.studies import study_markdown, study_plots, study_table
+from latentlm.evaluation.studies import study_curves, study_markdown, study_plots, study_table
 
 FIGURES = {
     "parameters": 12345,
@@ -182,3 +182,14 @@ def test_an_exact_model_is_one_line_marked_exact_and_others_are_bounds(tmp_path,
 def test_each_study_has_a_panel(tmp_path, panels):
     study_plots({f"study {number}": ([row()], None) for number in range(4)}, tmp_path / "plot.png")
     assert [panel.get_title() for panel in panels] == [f"study {number}" for number in range(4)]
+
+
+def logged(kl):
+    return [{"step": step, "elbo_nll_per_token": 3.0 - 0.1 * step, "kl_per_sequence": kl * step} for step in range(4)]
+
+
+def test_curves_of_many_runs_a_control_and_a_run_without_a_bound(tmp_path):
+    runs = {f"run {number}": logged(number + 1.0) for number in range(35)}
+    runs |= {"control": logged(0.0), "samples": [{"step": 1, "nll_per_token": 2.0}], "nothing": []}
+    study_curves({"one": runs, "other": {"nothing": []}}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

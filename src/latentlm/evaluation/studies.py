@@ -1,5 +1,6 @@
 """Studies of a sweep as tables and as one picture: a row or a line for each run, however its models differ."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,39 @@ def study_plots(studies: Mapping[str, tuple[Sequence[Row], Mapping[str, Any] | N
         place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if crowded else {}
         panel.legend(frameon=False, fontsize=7, **place)
     figure.savefig(path, dpi=110)
+
+
+def study_curves(studies: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]], path: Path) -> None:
+    """One PNG with a row for each study: NLL by ELBO and KL of every run while it trained, from the log of one seed.
+
+    Args:
+        studies: name → its runs → the history of each. A run that logged no KL (the control) has none there.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.6 * len(studies)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for (bound, kl), (name, runs) in zip(figure.subplots(len(studies), 2, squeeze=False), studies.items(), strict=True):
+        styles = itertools.cycle(itertools.product(("-", "--", ":"), range(10)))
+        ends = []
+        for (run, history), (style, colour) in zip(runs.items(), styles, strict=False):
+            logged = [entry for entry in history if "elbo_nll_per_token" in entry]
+            look = {"color": f"C{colour}", "linestyle": style, "linewidth": 1.2}
+            steps = [entry["step"] for entry in logged]
+            bound.plot(steps, [entry["elbo_nll_per_token"] for entry in logged], label=run, **look)
+            ends += [entry["elbo_nll_per_token"] for entry in logged[len(logged) // 4 :]]
+            if any(entry["kl_per_sequence"] for entry in logged):
+                kl.plot(steps, [entry["kl_per_sequence"] for entry in logged], **look)
+        if ends:  # the first steps would flatten everything that matters
+            bound.set_ylim(min(ends) - 0.02, sorted(ends)[int(0.95 * len(ends))] + 0.1)
+        kl.set_yscale("symlog", linthresh=0.1)
+        kl.set_ylim(bottom=0)
+        bound.set(xlabel="step", ylabel="nats per token", title=f"{name}: NLL by ELBO while training")
+        kl.set(xlabel="step", ylabel="nats per sequence", title="KL")
+        handles = bound.get_legend_handles_labels()
+        kl.legend(*handles, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize=7)
+    figure.savefig(path, dpi=100)
 
 
 def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:

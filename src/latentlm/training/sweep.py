@@ -399,6 +399,16 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
         write_whole(folder / SCORES_FILE, json.dumps({**_scores(folder), trial.key: figures}, indent=1))
 
 
+def histories(sweep: Sweep, output: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Study → run → the log of its first seed, of those that are trained."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for trial in sweep.trials:
+        file = output / trial.run.folder / training_run.HISTORY_FILE
+        if trial.name not in found.get(trial.study, {}) and file.exists():
+            found.setdefault(trial.study, {})[trial.name] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows that differ in nothing but the seed as one: means, and `spread`, the standard deviation of each figure."""
     groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
