@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from latentlm.config import LatentLMConfig
-from latentlm.distributions import Stream, sequence_keys
+from latentlm.distributions import Stream, sequence_keys, sequence_noise
 from latentlm.errors import InputError, shown
 from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.layers import self_cache, token_log_likelihood
@@ -106,6 +106,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["TransformerBlock"]
+    _seen: Tensor | None = None  # of a training step with word dropout
 
     def hidden_states(
         self,
@@ -168,13 +169,13 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
         scored = self.scored_tokens(input_ids, attention_mask)
         states, targets, weight = states.flatten(0, 1), targets.flatten(), self.lm_head.weight
-        if attention_mask is None:
+        if attention_mask is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             log_likelihood = token_log_likelihood(states, weight, targets)
-        else:  # padding is not projected
+        else:  # padding is not projected; elsewhere to look for it would wait for the device, or cut the graph
             (rows,) = scored.expand(*samples, *scored.shape).flatten().nonzero(as_tuple=True)
             of_rows = token_log_likelihood(states[rows], weight, targets[rows])
             log_likelihood = of_rows.new_zeros(len(targets)).index_copy(0, rows, of_rows)
-        return log_likelihood.view(*samples, *scored.shape)
+        return log_likelihood.view(*samples, *scored.shape).masked_fill(~scored, 0.0)
 
     # ---- generation ----------------------------------------------------------------------------------------------
 
@@ -197,9 +198,15 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         A step returns logits of the token after each of the last `logits_to_keep` of `input_ids` (0 for all of them).
         """
         if latents is None:
-            return super().forward(
-                input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
-            )
+            if seed is None:
+                seed = self._any_seed()
+            self._seen = self._seen_words(input_ids, attention_mask, seed)
+            try:
+                return super().forward(
+                    input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
+                )
+            finally:
+                self._seen = None
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         states = self.hidden_states(latents, input_ids, attention_mask, position_ids, past_key_values)
@@ -246,7 +253,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         if latents is not None:
             self.check_latents(latents, tuple(self.prior(1, max_new_tokens).event_shape))
         if input_ids is None:
-            rows = 1 if latents is None else len(latents)
+            rows = (self.rows_of(condition) or 1) if latents is None else len(latents)
             input_ids = torch.full((rows, 1), self._bos(), device=self.device)
         if not input_ids.numel():
             raise InputError(f"input_ids of shape {list(input_ids.shape)} hold no prompt: give at least BOS.")
@@ -366,16 +373,16 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         keys = keys + (keys[:, None] == keys[None]).tril(-1).sum(1)
         prior = self.prior(len(input_ids), lengths + max_new_tokens, condition)
         latents = self.draw_latents(prior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
-        prompted = (lengths > 0) | self.infers_from(condition)
+        prompted = (lengths > 0) | (self.rows_of(condition) is not None)
         if bool(prompted.any()):
             posterior = self.infer(input_ids, attention_mask, condition, seed=noise_seed)
             inferred = self.draw_latents(posterior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
             latents = torch.where(prompted.view(1, -1, *[1] * self.latent_dims), inferred, latents)
         return latents.transpose(0, 1).flatten(0, 1)
 
-    def infers_from(self, condition: Any) -> bool:
-        """Whether a condition says of itself what z is, so that a text that begins with BOS alone infers it, too."""
-        return False
+    def rows_of(self, condition: Any) -> int | None:
+        """For how many texts a condition says of itself what z is, so that BOS alone infers it, too; None for none."""
+        return None
 
     def _bos(self) -> int:
         if self.config.bos_token_id is None:
@@ -387,10 +394,18 @@ class CausalLatentLM(LatentLM, GenerationMixin):
     def embedded(self, input_ids: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time hidden"]:
         """What the decoder reads: embeddings of tokens, less those that word dropout takes."""
         x = self.embed_tokens(input_ids)
+        return x if self._seen is None or not self.training else x * self._seen[:, : x.shape[1], None]
+
+    def _seen_words(
+        self, input_ids: Tensor, attention_mask: Tensor | None, seed: int
+    ) -> Bool[Tensor, "batch time"] | None:
+        """Which tokens a training step's decoder sees; None for all. BOS is always seen."""
         if not (self.training and self.config.word_dropout):
-            return x
-        seen = torch.rand(input_ids.shape, device=x.device) >= self.config.word_dropout
-        return x * (seen | (input_ids == self.config.bos_token_id))[..., None]
+            return None
+        keys, positions = sequence_keys(input_ids, attention_mask), self._positions(input_ids, attention_mask, 0)
+        noise = sequence_noise(keys, (input_ids.shape[1],), seed=seed, stream=Stream.WORD_DROPOUT)
+        dropped = torch.special.ndtr(noise.gather(1, positions.expand_as(input_ids))) < self.config.word_dropout
+        return ~dropped | (positions == 0)
 
     @staticmethod
     def _positions(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:

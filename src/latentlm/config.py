@@ -40,7 +40,7 @@ class LatentLMConfig(PreTrainedConfig):
         beta_cycles: cycles of the weight over training, each from 0 to `beta`; 0 for none.
         beta_cycle_ratios: shares of a cycle in which the weight is 0, rises linearly, and is `beta`.
         kl_target: nats per sequence to which a controller brings the KL by changing the weight at every step, up to
-            `beta`; see `schedules.controlled`. None for no controller.
+            `beta`, from a hundredth of it; see `schedules.controlled`. None for no controller.
         free_bits: nats that each part of the latent has for free in the training objective; see `objective.free_bits`.
         free_bits_per: that part: a "dimension", or a "latent" (a whole latent vector).
         kl_threshold: C in nats; the objective charges |KL − C| of each sequence for the KL. None charges the KL.
@@ -86,6 +86,8 @@ class LatentLMConfig(PreTrainedConfig):
         ratios = self.beta_cycle_ratios
         if len(ratios) != 3 or not all(0 <= ratio <= 1 for ratio in ratios) or abs(sum(ratios) - 1) > 1e-6:
             raise ValueError(f"beta_cycle_ratios must be three shares of a cycle that sum to 1, not {ratios}")
+        if ratios[0] == 1:
+            raise ValueError("beta_cycle_ratios leave the weight at 0 for ever: give the other two a share")
         for name in ("kl_target", "kl_threshold"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

@@ -203,7 +203,7 @@ class LatentLM(PreTrainedModel):
             num_items_in_batch: scored tokens of the global batch, when this is a part of it.
         """
         if seed is None:
-            seed = int(torch.randint(2**62, ())) if self.training else 0
+            seed = self._any_seed()
         scored = self.scored_tokens(input_ids, attention_mask)
         prior = self.prior(len(input_ids), scored.sum(1), condition)
         if self.training:
@@ -221,14 +221,15 @@ class LatentLM(PreTrainedModel):
         decoded = latents if kept is None else latents * kept.view(-1, *[1] * self.latent_dims)
         log_likelihood = self.log_likelihood(decoded, input_ids, attention_mask, condition).sum(-1)
         if kl is None:
-            bound = log_likelihood + _gradient_alone(prior.log_prob(latents))
+            log_prior = prior.log_prob(latents)
+            bound = log_likelihood + _gradient_alone(log_prior if kept is None else log_prior * kept)
         elif self.training and posterior is not None:
             charge = self.kl_charge(posterior, prior)
             bound = elbo(log_likelihood, charge if kept is None else charge * kept, self.beta)
         else:
             bound = elbo(log_likelihood, kl)
         if inference.loss is not None:
-            bound = bound - _gradient_alone(inference.loss)
+            bound = bound - _gradient_alone(inference.loss if kept is None else inference.loss * kept)
         denominator = scored.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return LatentLMOutput(
             loss=-bound.sum() / denominator,
@@ -238,11 +239,14 @@ class LatentLM(PreTrainedModel):
             posterior_mean=None if posterior is None else posterior.mean,
         )
 
+    def _any_seed(self) -> int:
+        return int(torch.randint(2**62, ())) if self.training else 0
+
     def _keeps_latent(self, keys: Int64[Tensor, " batch"], seed: int) -> Bool[Tensor, " batch"] | None:
         """Which sequences are decoded with their latent; None for all of them."""
         if not (self.training and self.config.latent_dropout):
             return None
-        noise = sequence_noise(keys, (1,), seed=seed, stream=Stream.DROPOUT)[:, 0]
+        noise = sequence_noise(keys, (1,), seed=seed, stream=Stream.LATENT_DROPOUT)[:, 0]
         return torch.special.ndtr(noise) >= self.config.latent_dropout
 
     def infer_for_training(

@@ -20,7 +20,7 @@ from latentlm.distributions import diagonal_gaussian
 from latentlm.errors import InputError
 from latentlm.inference import infer_by_gradient, langevin
 from latentlm.latent_lm import LatentLM, TrainingInference
-from latentlm.layers import MeanNorm
+from latentlm.layers import FixedScaleBatchNorm
 from latentlm.schedules import linear
 
 
@@ -34,9 +34,11 @@ class VariationalConfig(LatentLMConfig):
             steps led; "langevin" trains the weights on samples of `langevin_steps` and infers by gradient for
             everything else, since such samples have no density; β and free bits do not enter.
         encoder_layers: of the encoder's Transformer.
-        encoder_batch_norm: γ; batch normalisation of the encoder's μ over texts with this scale, so that the KL cannot
-            fall under γ²/2 for a dimension (Zhu et al. 2020, arXiv 2004.12585, section 3). None for none. While
-            training, a text's q then depends on its batch.
+        encoder_batch_norm: γ; batch normalisation of the encoder's μ over texts with this scale: E_x[μ²] ≥ γ², so the
+            mean KL to N(0, I) is at least γ²/2 for each dimension (BN-VAE; Zhu et al. 2020, arXiv 2004.12585, equations
+            9 to 11). None for none. While
+            training, a text's q then depends on its batch (under DDP, its process'), and evaluation uses averages that
+            the first process kept. Inference without the encoder does without it.
         inference_steps: T.
         inference_lr: Adam's rate on (μ, log σ²) at the beginning of training.
         inference_lr_final: the rate at the end of training; linear between. None keeps it constant.
@@ -76,8 +78,8 @@ class VariationalConfig(LatentLMConfig):
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
         if self.inference == "langevin" and self.inference_start == "learned":
             raise ValueError("inference langevin trains no start: set inference_start to prior or fixed")
-        if self.encoder_batch_norm is not None and not self.has_encoder:
-            raise ValueError(f"encoder_batch_norm needs an encoder, and inference {self.inference} has none")
+        if self.inference == "langevin" and self.kl_target is not None:
+            raise ValueError("kl_target steers a KL, and inference langevin trains without one: leave it out")
         if not math.isfinite(self.inference_start_log_variance):
             raise ValueError("inference_start_log_variance must be finite")
 
@@ -94,8 +96,10 @@ class VariationalLM(LatentLM):
     """
 
     config: VariationalConfig
-    #: beginnings of the names of weights that the encoder needs, and which stay when the decoder is made anew
-    encoder_weights: tuple[str, ...] = ("encoder",)
+    #: beginnings of the names of weights that only the encoder has
+    encoder_alone: tuple[str, ...] = ("encoder.", "encoder_norm.")
+    #: those, and of weights that it reads: what stays when the decoder is made anew
+    encoder_weights: tuple[str, ...] = encoder_alone
 
     def add_inference(self, encoder: type[nn.Module], latent_shape: tuple[int, ...]) -> None:
         """Adds the weights that the config's inference has: `encoder(config, latent_shape)`, or a learned start."""
@@ -103,7 +107,7 @@ class VariationalLM(LatentLM):
         if self.config.has_encoder:
             self.encoder = encoder(self.config, latent_shape)
             if self.config.encoder_batch_norm is not None:
-                self.encoder_norm = MeanNorm(math.prod(latent_shape), self.config.encoder_batch_norm)
+                self.encoder_norm = FixedScaleBatchNorm(math.prod(latent_shape), self.config.encoder_batch_norm)
         elif self.config.inference_start == "learned":
             self.start_mean = nn.Parameter(torch.zeros(latent_shape))
             self.start_log_variance = nn.Parameter(torch.zeros(latent_shape))
@@ -113,11 +117,14 @@ class VariationalLM(LatentLM):
         if module is self and hasattr(self, "start_mean"):
             nn.init.zeros_(self.start_mean)
             nn.init.constant_(self.start_log_variance, self.config.inference_start_log_variance)
-        elif isinstance(module, MeanNorm):
+        elif isinstance(module, FixedScaleBatchNorm):
             nn.init.zeros_(module.shift)
 
     def encode(
-        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
     ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
         """μ and log σ² by the encoder."""
         raise NotImplementedError
@@ -130,7 +137,7 @@ class VariationalLM(LatentLM):
         *,
         seed: int = 0,
     ) -> Independent:
-        start = self._start(input_ids, attention_mask)
+        start = self._start(input_ids, attention_mask, condition)
         if self.config.inference == "amortised":
             return diagonal_gaussian(*start)
         return self._refine(start, input_ids, attention_mask, condition, seed=seed)
@@ -158,7 +165,7 @@ class VariationalLM(LatentLM):
             return TrainingInference(latents=latents)
         if config.inference != "cooperative" or not config.inference_steps:
             return TrainingInference(self.infer(input_ids, attention_mask, condition, seed=seed))
-        start = self._start(input_ids, attention_mask)
+        start = self._start(input_ids, attention_mask, condition)
         at_start: list[tuple[Tensor, Tensor]] = []
 
         def keep_first(step: int, objective: Tensor, gradients: tuple[Tensor, Tensor]) -> None:
@@ -193,11 +200,11 @@ class VariationalLM(LatentLM):
             raise InputError(f"{name} changes nothing where inference is {inference} and its start {start}.")
         super().change_inference(**changes)
 
-    def _start(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _start(self, input_ids: Tensor, attention_mask: Tensor | None, condition: Any) -> tuple[Tensor, Tensor]:
         """μ and log σ² at which gradient steps begin, or which an encoder gives."""
         config = self.config
         if config.has_encoder:
-            mean, log_variance = self.encode(input_ids, attention_mask)
+            mean, log_variance = self.encode(input_ids, attention_mask, condition)
             return (self.encoder_norm(mean) if config.encoder_batch_norm is not None else mean), log_variance
         shape = (len(input_ids), *self.latent_shape)
         if config.inference_start == "learned":
@@ -205,7 +212,7 @@ class VariationalLM(LatentLM):
         if config.inference_start == "fixed":
             zeros = torch.zeros(shape, device=self.device)
             return zeros, zeros + config.inference_start_log_variance
-        prior = self.prior(len(input_ids), input_ids.shape[1] - 1)
+        prior = self.prior(len(input_ids), self.scored_tokens(input_ids, attention_mask).sum(1), condition)
         return prior.mean.detach(), prior.variance.detach().log()
 
     def _refine(

@@ -10,7 +10,8 @@ from torch import nn
 from latentlm import GPTVAE, GPTVAEConfig, InputError, load, save
 from latentlm.causal_lm import CausalLatentLM
 from latentlm.data.tokenizers import train_tokenizer
-from latentlm.layers import MeanNorm, pool
+from latentlm.distributions import sequence_keys
+from latentlm.layers import FixedScaleBatchNorm, pool
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
@@ -92,10 +93,10 @@ def test_a_window_leaves_z_in_sight(side):
     one, other = prior_latents(model, input_ids, 2)
     moved = (model.decode(one, input_ids, mask) - model.decode(other, input_ids, mask)).abs().amax(-1)
     assert (moved[model.scored_tokens(input_ids, mask)] > 1e-3).all()
-    found = model.generate(input_ids[:, :5], one, max_new_tokens=12)  # beyond the window, by its cache
-    again = model.generate(input_ids[:, :5], one, max_new_tokens=12, use_cache=False)
+    found = model.generate(input_ids, one, mask, max_new_tokens=12)  # beyond the window, by its cache
+    again = model.generate(input_ids, one, mask, max_new_tokens=12, use_cache=False)
     assert torch.equal(found, again)
-    assert not torch.equal(found, model.generate(input_ids[:, :5], other, max_new_tokens=12))
+    assert not torch.equal(found, model.generate(input_ids, other, mask, max_new_tokens=12))
 
 
 def test_latents_of_another_size_are_refused():
@@ -146,7 +147,7 @@ def test_an_encoder_begins_at_its_variance():
 
 @pytest.mark.parametrize("shape", [(5, 3), (5, 2, 3)])
 def test_batch_norm_of_mu_is_torch_s(shape):
-    norm, reference = MeanNorm(math.prod(shape[1:]), 0.7), nn.BatchNorm1d(math.prod(shape[1:]))
+    norm, reference = FixedScaleBatchNorm(math.prod(shape[1:]), 0.7), nn.BatchNorm1d(math.prod(shape[1:]))
     nn.init.constant_(reference.weight, 0.7)
     generator = torch.Generator().manual_seed(0)
     for _ in range(3):
@@ -165,6 +166,17 @@ def test_batch_norm_keeps_the_kl_off_zero():
         model = model_of(encoder_batch_norm=0.8, seed=seed).train()
         kl = model(texts(16, 6, seed=seed), seed=0).kl
         assert kl.mean() > 6 * 0.8**2 / 2 * 0.99
+
+
+def test_a_model_with_batch_norm_infers_otherwise_when_asked():
+    model = model_of(encoder_batch_norm=0.8)
+    before = model.infer(texts(2, 6)).mean
+    model.change_inference(inference="gradient", inference_steps=3)
+    plain = model_of(inference="gradient", inference_steps=3)
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(model.infer(texts(2, 6)).mean, plain.infer(texts(2, 6)).mean)
+    model.change_inference(inference="amortised")
+    assert torch.equal(model.infer(texts(2, 6)).mean, before)
 
 
 def test_batch_norm_is_saved(tmp_path):
@@ -193,9 +205,15 @@ def test_a_dropped_latent_is_zeros_and_costs_no_kl():
     torch.testing.assert_close(output.nll, torch.where(dropped, without, within), **CLOSE)
     charged = (output.nll + output.kl * ~dropped).sum() / model.scored_tokens(input_ids, mask).sum()
     torch.testing.assert_close(output.loss, charged, **CLOSE)
-    # its encoder learns nothing from them
-    model.zero_grad()
-    (model(input_ids[dropped], mask[dropped], seed=3).loss).backward()
+
+
+@pytest.mark.parametrize("inference", ["amortised", "cooperative"])
+def test_an_encoder_learns_nothing_from_texts_without_latent(inference):
+    model = model_of(latent_dropout=0.5, inference=inference, inference_steps=2).train()
+    input_ids = texts(40, 6)
+    dropped = ~model._keeps_latent(sequence_keys(input_ids), 3)
+    assert 10 < int(dropped.sum()) < 30
+    model(input_ids[dropped], seed=3).loss.backward()
     assert all(p.grad is None or not p.grad.any() for name, p in model.named_parameters() if name.startswith("encoder"))
 
 
@@ -214,31 +232,46 @@ def test_evaluation_drops_nothing():
     assert torch.equal(one.nll, other.nll) and torch.equal(one.loss, other.loss)
 
 
-def test_positions_of_words_do_not_change_without_a_latent():
-    """Tokens of z stand where they stood: only what they say is gone."""
-    model = model_of(latent_tokens=2).double()
-    input_ids = texts(2, 6)
-    zeros = torch.zeros(2, 6, dtype=torch.float64)
-    expected = torch.stack([plainly(model, zeros[0], row[:-1]) for row in input_ids])
-    torch.testing.assert_close(model.decode(zeros, input_ids), expected, atol=1e-6, rtol=1e-6)
-
-
 # ---- words that are not there ----------------------------------------------------------------------------------------
+
+
+def seen_by_decoder(model, *batch, seed):
+    """Which embeddings reach the decoder in a step of training."""
+    embedded, read = [], model.embedded
+    model.embedded = lambda input_ids: embedded.append(read(input_ids)) or embedded[-1]
+    try:
+        model(*batch, seed=seed)
+    finally:
+        del model.embedded
+    return (embedded[-1] != 0).any(-1)  # the last: fast steps come before
 
 
 @pytest.mark.parametrize("family", ["gpt_vae", "ltm", "autoregressive"])
 def test_word_dropout_takes_words_and_never_bos(family):
     model = small_model(family, word_dropout=0.4).train()
-    input_ids = texts(50, 20)
-    torch.manual_seed(0)
-    embedded = model.embedded(input_ids)
-    gone = (embedded == 0).all(-1)
-    assert not gone[:, 0].any()
-    assert abs(float(gone[:, 1:].float().mean()) - 0.4) < 0.05
-    assert torch.equal(embedded[~gone], model.embed_tokens(input_ids)[~gone])
-    assert torch.equal(model.eval().embedded(input_ids), model.embed_tokens(input_ids))
-    blind = small_model(family, word_dropout=1).train().embedded(input_ids)
-    assert not blind[:, 1:].any() and blind[:, 0].any()
+    seen = seen_by_decoder(model, texts(50, 21), seed=0)
+    assert seen[:, 0].all()
+    assert abs(1 - float(seen[:, 1:].float().mean()) - 0.4) < 0.05
+    assert seen_by_decoder(model.eval(), texts(50, 21), seed=0).all()
+    blind = seen_by_decoder(small_model(family, word_dropout=1).train(), texts(4, 9), seed=0)
+    assert blind[:, 0].all() and not blind[:, 1:].any()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_which_words_are_dropped_belongs_to_the_text(side):
+    """Not to its neighbours, its padding, or any generator."""
+    model = small_model("gpt_vae", word_dropout=0.4).train()
+    input_ids, lengths = texts(5, 16), [16, 9, 4, 16, 12]
+    rows, mask = padded(input_ids, lengths, side, total=18)
+    together = model(rows, mask, seed=3).nll
+    seen = seen_by_decoder(model, rows, mask, seed=3)
+    for row, length in enumerate(lengths):
+        torch.manual_seed(row)
+        alone = input_ids[row : row + 1, :length]
+        torch.testing.assert_close(model(alone, seed=3).nll[0], together[row], **CLOSE)
+        own = seen[row, : length - 1] if side == "right" else seen[row, 18 - length : 17]
+        assert torch.equal(seen_by_decoder(model, alone, seed=3)[0], own)
+    assert not torch.equal(seen_by_decoder(model, rows, mask, seed=4), seen)
 
 
 @pytest.mark.parametrize("inference", ["amortised", "gradient"])
@@ -274,6 +307,7 @@ def test_a_prompt_goes_on_with_another_text_s_latent():
         latents = CausalLatentLM._latents_for(model, prompts, torch.ones_like(prompts), {"input_ids": others}, 6, 1, 1)
     assert torch.equal(found, model.generate(prompts, latents, max_new_tokens=6))
     assert not torch.equal(found, model.generate(prompts, max_new_tokens=6, seed=1))
+    assert len(model.generate(condition={"input_ids": others}, max_new_tokens=3, seed=1)) == 3
     # a prompt of BOS alone takes its latent from the condition, too, and not from the prior
     start = texts(3, 1)
     posterior = model.infer(others)
@@ -288,6 +322,10 @@ def test_a_prompt_goes_on_with_another_text_s_latent():
         ("text", "give a mapping with input_ids"),
         ({"ids": 1}, "give a mapping with input_ids"),
         ({"input_ids": [[1]]}, "give a mapping with input_ids"),
+        ({"input_ids": texts(3, 4).float()}, "give a mapping with input_ids"),
+        ({"input_ids": texts(3, 4)[:, :0]}, "give a mapping with input_ids"),
+        ({"input_ids": texts(3, 4), "attention_mask": torch.ones(3, 5)}, "must have the shape"),
+        ({"input_ids": texts(3, 4) + VOCABULARY}, "none of the vocabulary's 23"),
         ({"input_ids": texts(2, 4)}, "2 texts to infer z from do not fit 3"),
     ],
 )
@@ -326,7 +364,8 @@ def test_a_list_of_numbers_steers():
         {"latent_dropout": 1.0},
         {"word_dropout": 1.5},
         {"encoder_batch_norm": 0.0},
-        {"encoder_batch_norm": 0.5, "inference": "gradient"},
+        {"kl_target": 2.0, "inference": "langevin"},
+        {"beta_cycles": 2, "beta_cycle_ratios": [1.0, 0.0, 0.0]},
         {"beta_cycles": -1},
         {"beta_cycles": 2, "beta_cycle_ratios": [0.5, 0.6, 0.2]},
         {"beta_cycles": 2, "beta_cycle_ratios": [0.5, 0.5]},

@@ -69,6 +69,12 @@ RECIPES_TABLE = [
                 "model.encoder_batch_norm=0.5",
                 "needs an encoder, and inference gradient has",
             ),
+            (
+                "cycles at 0 for ever",
+                "model.beta_cycles=2 model.beta_cycle_ratios=[1,0,0]",
+                "leave the weight at 0 for ever",
+            ),
+            ("a target without a KL", "model.kl_target=3 model.inference=langevin", "trains without one: leave it out"),
             ("no encoder to train", "encoder.pretraining_steps=1", "has no encoder to train: set model.inference to"),
             (
                 "longer in school than in life",
@@ -88,7 +94,7 @@ RECIPES_TABLE = [
             (
                 "an encoder of a model without",
                 "model.inference=amortised encoder.initial=model",
-                r"the encoder of model has another shape \(for one, encoder.*: give it the same fields",
+                r"the encoder of model is another \(for one, encoder.*: give it the same fields",
             ),
             (
                 "an encoder of other words",

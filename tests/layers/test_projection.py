@@ -27,18 +27,14 @@ def reference(states, weight, targets):
 
 
 @pytest.mark.usefixtures("parts")
-@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
-def test_value_and_gradients(wanted, equal):
-    """Also where the loss weighs all tokens alike, which takes a way of its own."""
+def test_value_and_gradients(wanted):
     states, weight, targets = inputs()
     states.requires_grad_(wanted[0])
     weight.requires_grad_(wanted[1])
     found, expected = token_log_likelihood(states, weight, targets), reference(states, weight, targets)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
     gradient = torch.randn(TOKENS, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    if equal:
-        gradient = torch.full_like(gradient, -0.7)
     asked = [part for part, want in zip((states, weight), wanted, strict=True) if want]
     if asked:
         ours, theirs = (torch.autograd.grad(value, asked, gradient) for value in (found, expected))
@@ -106,3 +102,21 @@ def test_the_gradient_of_states_alone_is_the_gradient_with_weights():
         token_log_likelihood(states, weight.requires_grad_(), targets).sum(), (states, weight)
     )
     assert torch.equal(alone, together[0])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_made_for_a_gradient_that_nobody_takes(monkeypatch, mode):
+    """A Function's needs_input_grad does not know of no_grad."""
+    wanted, forward = [], projection._TokenLogLikelihood.forward
+
+    def spy(ctx, *args):
+        wanted.append(ctx.needs_input_grad)
+        return forward(ctx, *args)
+
+    monkeypatch.setattr(projection._TokenLogLikelihood, "forward", staticmethod(spy))
+    states, weight = torch.randn(4, 3, requires_grad=True), torch.nn.Parameter(torch.randn(5, 3))
+    with mode():
+        token_log_likelihood(states, weight, torch.tensor([0, 1, 2, 3]))
+    assert not any(wanted[0])
+    token_log_likelihood(states, weight, torch.tensor([0, 1, 2, 3])).sum().backward()
+    assert wanted[1] == (True, True, False) and states.grad.any() and weight.grad.any()

@@ -44,14 +44,20 @@ def test_what_is_taken_for_collapse(figures, words):
 
 
 def test_what_is_turned_already_is_not_advised():
+    """In the order of docs/collapse.md, of what kept most of z alive; no word dropout, and never more β."""
     said = remedies(small_model("gpt_vae"), pretrained=False)
-    assert "model.free_bits=0.667" in said and "encoder.pretraining_steps" in said and "beta_warmup" in said
-    assert "free_bits" not in remedies(small_model("gpt_vae", free_bits=0.1), pretrained=False)
-    assert "pretraining" not in remedies(small_model("gpt_vae"), pretrained=True)
-    assert "pretraining" not in remedies(small_model("gpt_vae", inference="gradient"), pretrained=False)
+    assert said == (
+        "turn model.free_bits=4 with model.free_bits_per=latent or model.kl_target=4 or model.beta_warmup=0.7 (now 0.0)"
+    )
+    freed = remedies(small_model("gpt_vae", free_bits=0.1), pretrained=False)
+    assert "free_bits" not in freed and "encoder.pretraining_steps" in freed and "sliding_window" in freed
+    assert "pretraining" not in remedies(small_model("gpt_vae", free_bits=0.1), pretrained=True)
+    assert "pretraining" not in remedies(small_model("gpt_vae", inference="gradient", free_bits=0.1), pretrained=False)
     assert "beta_warmup" not in remedies(small_model("gpt_vae", beta_cycles=2), pretrained=False)
-    every = {"free_bits": 0.1, "beta_warmup": 0.6, "word_dropout": 0.2}
+    every = {"free_bits": 0.1, "beta_warmup": 0.6, "sliding_window": 4}
     assert remedies(small_model("gpt_vae", **every), pretrained=True) == "turn model.beta (now 1.0) down"
+    controlled = remedies(small_model("gpt_vae", kl_target=2.0, sliding_window=4), pretrained=True)
+    assert controlled == "turn model.kl_target (now 2.0) up"  # β is the controller's
 
 
 def spoken(monitor, model, *logs):
@@ -72,7 +78,13 @@ def test_a_line_when_it_collapses_and_one_when_it_speaks_again():
     model.training_progress.fill_(0.5)
     lines = spoken(monitor, model, alive, dead, dead, {"eval_loss": 1.0}, alive, alive, dead)
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 5", "step 7"]
-    assert "q = p" in lines[0] and "turn model.free_bits" in lines[0] and "speaks again" in lines[1]
+    assert "q = p" in lines[0] and "turn model.free_bits=4" in lines[0] and "speaks again" in lines[1]
+
+
+def test_a_kl_about_the_threshold_is_not_spoken_of_at_every_log():
+    monitor, model = CollapseMonitor(Console(file=io.StringIO(), width=300)), small_model("gpt_vae")
+    model.training_progress.fill_(0.5)
+    assert len(spoken(monitor, model, *[{"kl_per_sequence": kl, "active_units": 2} for kl in (0.09, 0.11) * 10])) == 1
 
 
 def test_a_control_and_a_pretrained_encoder_are_not_spoken_of():

@@ -8,7 +8,9 @@ from tests.training.runs import run, small_recipe, trained
 from transformers import TrainerCallback
 
 from latentlm import InputError, load
+from latentlm.errors import DivergedError
 from latentlm.training.run import build_model
+from latentlm.training.trainer import LatentTrainer
 
 
 class Watch(TrainerCallback):
@@ -81,6 +83,48 @@ def test_aggressive_steps_move_the_encoder_alone(tmp_path):
     assert moved(watch.seen[3], watch.seen[4]) == moved(watch.seen[5], watch.seen[6]) == set()
 
 
+def test_aggressive_steps_leave_no_gradient_behind(tmp_path):
+    """The encoder's steps are over when the model's begins, however its batch is cut; and they are as large."""
+
+    seen = []
+    original = LatentTrainer.training_step
+
+    def spy(self, model, *args, **kwargs):
+        if not self.indices:
+            seen.append([name for name, p in self.model.named_parameters() if p.grad is not None and p.grad.any()])
+        return original(self, model, *args, **kwargs)
+
+    overrides = ["encoder.aggressive_steps=3", "encoder.aggressive_until=1", "training.warmup_steps=0"]
+    overrides += ["training.train_sampling_strategy=random", "training.adam_epsilon=1e-3"]
+    losses = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LatentTrainer, "training_step", spy)
+        for parts in (1, 2):
+            cut = (
+                f"training.per_device_train_batch_size={8 // parts}",
+                f"training.gradient_accumulation_steps={parts}",
+            )
+            losses.append(run(tmp_path / str(parts), *overrides, *cut, family="gpt_vae").logged("loss"))
+    assert seen == [[]] * 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_autoencoder_is_not_the_best_model(tmp_path):
+    """By reconstruction none after it can be better; only those that were trained with a KL may be."""
+    best = ("training.load_best_model_at_end=true", "training.metric_for_best_model=reconstruction_nll_per_token")
+    steps = [f"training.{kind}_steps=2" for kind in ("save", "eval")]
+    steps += [f"training.{kind}_strategy=steps" for kind in ("save", "eval")]
+    overrides = (*best, *steps, "training.max_steps=8", "encoder.pretraining_steps=6")
+    result = run(tmp_path / "run", *overrides, family="gpt_vae")
+    assert float(result.model.training_progress) == 1.0
+
+
+def test_a_step_of_the_encoder_that_diverges_says_where(tmp_path):
+    overrides = ("encoder.aggressive_steps=1", "training.learning_rate=1e30", "training.warmup_steps=0")
+    with pytest.raises(DivergedError, match=r"diverged at step [1-9].* \(sequences [0-9]"):
+        run(tmp_path / "run", *overrides, "training.max_grad_norm=0", family="gpt_vae")
+
+
 def test_aggressive_steps_end(tmp_path):
     overrides = ("training.max_steps=4", "training.logging_steps=1")
     never = run(tmp_path / "never", *overrides, family="gpt_vae")
@@ -112,7 +156,10 @@ def test_the_first_encoder_may_be_another_models(tmp_path):
     [
         (("encoder.initial=nothing",), "gpt_vae", "nothing does not exist"),
         (("data.vocab_size=280",), "gpt_vae", "does not know this vocabulary: give data.tokenizer="),
-        (("model.latent_size=5",), "gpt_vae", "another shape .for one, encoder"),
+        (("model.latent_size=5",), "gpt_vae", "is another .for one, encoder"),
+        (("model.pooling=last",), "gpt_vae", "is another .for one, pooling"),
+        (("model.encoder_layers=2",), "gpt_vae", "is another .for one, encoder.transformer.layers.1"),
+        (("model.encoder_batch_norm=0.5",), "gpt_vae", "is another .for one, encoder_norm"),
         (("model.inference=amortised",), "ltm", "holds a GPTVAE, and the encoder must be one of the family LTM"),
     ],
 )

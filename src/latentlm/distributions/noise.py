@@ -33,7 +33,8 @@ class Stream(IntEnum):
     GENERATION = 4
     LANGEVIN = 5
     CONTINUATION = 6
-    DROPOUT = 7
+    LATENT_DROPOUT = 7
+    WORD_DROPOUT = 8
 
 
 def _signed(value: int) -> int:

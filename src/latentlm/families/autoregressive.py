@@ -43,6 +43,8 @@ class AutoregressiveConfig(CausalConfig):
         """Part of the validation of `@strict`."""
         if self.memory_per_layer < 0 or (self.memory_size is not None and self.memory_size < 1):
             raise ValueError("memory_per_layer must not be negative, and memory_size must be at least 1")
+        if self.kl_target is not None:
+            raise ValueError("kl_target steers a KL, and a model without latents has none: leave it out")
 
 
 class Autoregressive(CausalLatentLM):

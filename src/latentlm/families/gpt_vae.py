@@ -135,11 +135,14 @@ class GPTVAE(CausalLatentLM, VariationalLM):
     ) -> TrainingInference:
         return super().infer_for_training(*self._source(input_ids, attention_mask, condition), seed=seed)
 
-    def infers_from(self, condition: Any) -> bool:
-        return condition is not None
+    def rows_of(self, condition: Any) -> int | None:
+        return None if condition is None else len(self._checked(condition)["input_ids"])
 
     def encode(
-        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
     ) -> tuple[Float[Tensor, "batch size"], Float[Tensor, "batch size"]]:
         return self.encoder(input_ids, attention_mask)
 
@@ -182,11 +185,21 @@ class GPTVAE(CausalLatentLM, VariationalLM):
         """The text to infer z from."""
         if condition is None:
             return input_ids, attention_mask
-        if not isinstance(condition, Mapping) or not isinstance(condition.get("input_ids"), Tensor):
-            raise InputError("condition is the text to infer z from: give a mapping with input_ids.")
+        condition = self._checked(condition)
         if len(condition["input_ids"]) != len(input_ids):
             raise InputError(
                 f"{len(condition['input_ids'])} texts to infer z from do not fit {len(input_ids)} to decode: "
                 "give one for each."
             )
         return condition["input_ids"], condition.get("attention_mask")
+
+    def _checked(self, condition: Any) -> Mapping[str, Tensor]:
+        ids = condition.get("input_ids") if isinstance(condition, Mapping) else None
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or not ids.numel():
+            raise InputError("condition is the text to infer z from: give a mapping with input_ids [batch, time].")
+        mask = condition.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            raise InputError(f"the condition's attention_mask must have the shape of its input_ids, {list(ids.shape)}.")
+        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
+            raise InputError(f"the condition has tokens that are none of the vocabulary's {self.config.vocab_size}.")
+        return condition

@@ -136,7 +136,7 @@ class LTM(CausalLatentLM, VariationalLM):
     config: LTMConfig
     config_class = LTMConfig
     latent_dims = 3
-    encoder_weights = ("encoder", "embed_tokens")
+    encoder_weights = (*VariationalLM.encoder_alone, "embed_tokens.")
 
     def __init__(self, config: LTMConfig):
         super().__init__(config)
@@ -175,7 +175,10 @@ class LTM(CausalLatentLM, VariationalLM):
         return diagonal_gaussian(self.prior_mean.expand(shape), self.prior_log_variance.expand(shape))
 
     def encode(
-        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
     ) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
         return self.encoder(self.embed_tokens(input_ids).detach(), attention_mask)
 
@@ -190,7 +193,7 @@ class LTM(CausalLatentLM, VariationalLM):
 
         One noise serves all fast steps and the score, so q learns how to answer that one draw.
         """
-        start = self._start(input_ids, attention_mask)
+        start = self._start(input_ids, attention_mask, None)
         posterior = diagonal_gaussian(*start)
         if self.config.inference != "amortised":
             posterior = self._refine(start, input_ids, attention_mask, None, seed=seed, renew_noise=False)

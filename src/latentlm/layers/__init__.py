@@ -1,13 +1,13 @@
 """Layers that know nothing of what latents mean."""
 
-from latentlm.layers.encoder import AttentionPooling, BidirectionalEncoder, MeanNorm, pool
+from latentlm.layers.encoder import AttentionPooling, BidirectionalEncoder, FixedScaleBatchNorm, pool
 from latentlm.layers.projection import token_log_likelihood
 from latentlm.layers.transformer import TransformerBlock, rotation, self_cache
 
 __all__ = [
     "AttentionPooling",
     "BidirectionalEncoder",
-    "MeanNorm",
+    "FixedScaleBatchNorm",
     "TransformerBlock",
     "pool",
     "rotation",

@@ -54,34 +54,34 @@ def pool(
     return states[torch.arange(len(states), device=states.device), place]
 
 
-class MeanNorm(nn.BatchNorm1d):
-    """Batch normalisation of μ over texts, with a scale γ that is not trained and a shift that is (BN-VAE).
+class FixedScaleBatchNorm(nn.BatchNorm1d):
+    """Batch normalisation over rows with a scale that is not trained and a shift that is.
 
-    E_x[μ²] ≥ γ² in each dimension, so the mean KL to N(0, I) is at least γ²/2 for each (Zhu et al. 2020, arXiv
-    2004.12585, equations 9 to 11). Texts of the batch while training; all texts so far, as they went by, afterwards,
-    and where a batch has one text.
+    By the rows of the batch while training; by their running averages afterwards, and where a batch has one row. In
+    float32 whatever the model's dtype, which torch's own refuses.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
 
     def __init__(self, numbers: int, scale: float):
         super().__init__(numbers, affine=False)
-        self.running_mean: Tensor
-        self.running_var: Tensor
         self.scale = scale
         self.shift = nn.Parameter(torch.zeros(numbers))
 
-    def forward(self, mean: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
-        flat = mean.float().flatten(1)
+    def forward(self, x: Float[Tensor, "batch *event"]) -> Float[Tensor, "batch *event"]:
+        flat = x.float().flatten(1)
         if self.training and len(flat) > 1:
-            # by hand, since torch's refuses statistics of another dtype, which a cast model has
-            variance, centre = torch.var_mean(flat, dim=0, correction=0)
+            variance, mean = torch.var_mean(flat, dim=0, correction=0)
             with torch.no_grad():
-                share = self.momentum or 0.0
-                self.running_mean.lerp_(centre.to(self.running_mean), share)
-                self.running_var.lerp_((variance * len(flat) / (len(flat) - 1)).to(self.running_var), share)
+                unbiased = variance * len(flat) / (len(flat) - 1)
+                self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var), self.momentum)
         else:
-            variance, centre = self.running_var.float(), self.running_mean.float()
-        normal = (flat - centre) * (variance + self.eps).rsqrt()
-        return (self.scale * normal + self.shift.float()).view(mean.shape)
+            variance, mean = self.running_var.float(), self.running_mean.float()
+        normal = (flat - mean) * (variance + self.eps).rsqrt()
+        return (self.scale * normal + self.shift.float()).view(x.shape)
 
 
 class AttentionPooling(nn.Module):

@@ -21,12 +21,13 @@ def token_log_likelihood(
 
     Equal to `-cross_entropy(linear(states, weight), targets, reduction="none")`, but works on a part of the tokens at
     a time. Where only the states need a gradient (gradient inference), ∂ log p / ∂ state = weight[target] − E_p[weight]
-    is made with the value. Where the weight needs one, its sum for equal weights of all tokens is made with the value,
-    too, which is what a loss over a whole block asks for; for unequal weights (padding) logits are computed again.
+    is made with the value and nothing is computed twice; where the weight needs one, logits are computed again for it.
     """
     if torch.is_autocast_enabled(states.device.type):
         dtype = torch.get_autocast_dtype(states.device.type)
         states, weight = states.to(dtype), weight.to(dtype)
+    if not torch.is_grad_enabled():  # of which a Function's needs_input_grad says nothing
+        states, weight = states.detach(), weight.detach()
     return _TokenLogLikelihood.apply(states, weight, targets)
 
 
@@ -37,20 +38,13 @@ class _TokenLogLikelihood(torch.autograd.Function):
         chosen = torch.empty(len(states), dtype=precise, device=states.device)
         wants_states, wants_weight, _ = ctx.needs_input_grad
         slope = torch.empty_like(states) if wants_states else None
-        equal = torch.zeros_like(weight, dtype=precise) if wants_weight else None  # Σ_t ∂ log p_t / ∂ weight
         for part in _parts(states, weight):
             log_probabilities = (states[part] @ weight.T).log_softmax(-1, dtype=precise)
             chosen[part] = log_probabilities.gather(-1, targets[part, None])[:, 0]
-            if not (wants_states or wants_weight):
-                continue
-            probabilities = log_probabilities.exp_().to(weight.dtype)
             if slope is not None:
+                probabilities = log_probabilities.exp_().to(weight.dtype)
                 torch.sub(weight[targets[part]], probabilities @ weight, out=slope[part])
-            if equal is not None:
-                equal -= probabilities.T @ states[part]
-        if equal is not None:
-            equal.index_add_(0, targets, states.to(precise))
-        ctx.save_for_backward(slope, *((states, weight, targets, equal) if wants_weight else ()))
+        ctx.save_for_backward(slope, *((states, weight, targets) if wants_weight else ()))
         return chosen
 
     @staticmethod
@@ -60,9 +54,7 @@ class _TokenLogLikelihood(torch.autograd.Function):
         gradient_of_states = None if slope is None else (gradient[:, None] * slope).to(slope.dtype)
         if not rest:
             return gradient_of_states, None, None
-        states, weight, targets, equal = rest
-        if len(gradient) and bool((gradient == gradient[0]).all()):
-            return gradient_of_states, (gradient[0] * equal).to(weight.dtype), None
+        states, weight, targets = rest
         gradient_of_weight = torch.zeros_like(weight, dtype=gradient.dtype)
         for part in _parts(states, weight):
             weights = (states[part] @ weight.T).softmax(-1, dtype=gradient.dtype)

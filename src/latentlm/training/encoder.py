@@ -5,6 +5,7 @@ pre-training   the whole model with β = 0, then a fresh decoder for the encoder
 aggressive     some steps of the encoder alone before each of the model       He et al. 2019 (arXiv 1901.05534)
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from latentlm.data.tokenizers import tokenizer_fingerprint
-from latentlm.errors import InputError
+from latentlm.errors import DivergedError, InputError
 from latentlm.latent_lm import LatentLM
 from latentlm.loading import load
 from latentlm.processes import gather_rows, rank_and_size
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _LARGEST_COUNT = 2**31 - 1
 _MOST_AGGRESSIVE = 1000
+# fields by which an encoder's weights mean something else, without another shape
+_SHAPING = ("num_attention_heads", "rope_theta", "rms_norm_eps", "pooling", "encoder_batch_norm")
 
 
 @strict
@@ -35,8 +38,8 @@ class EncoderRecipe:
     Args:
         pretraining_steps: first steps of training, in which β is 0; after them the decoder gets fresh weights, and the
             schedule of β begins.
-        aggressive_steps: the encoder's own steps before each step of the whole model, each on other texts, drawn by the
-            seed. He et al. go on until the encoder's loss falls no more; here their number is fixed.
+        aggressive_steps: the encoder's own steps before each step of the whole model, each on as many other texts,
+            drawn by the seed. He et al. go on until the encoder's loss falls no more; here their number is fixed.
         aggressive_until: for how much of training (after pre-training), as a fraction. He et al. stop when the mutual
             information of a validation set falls; a fraction lets a resumed run know where it is.
         initial: folder of a saved model of this family whose encoder is the first one here, in place of a fresh one.
@@ -77,12 +80,16 @@ def take_encoder(model: LatentLM, tokenizer: PreTrainedTokenizerBase, folder: st
             f"the encoder of {folder} does not know this vocabulary: give data.tokenizer={folder}, "
             "or train an encoder on this data."
         )
-    theirs, ours = other.state_dict(), model.state_dict()
-    names = [name for name in ours if name.startswith(model.encoder_weights)]
-    for name in names:
-        if name not in theirs or theirs[name].shape != ours[name].shape:
-            raise InputError(f"the encoder of {folder} has another shape (for one, {name}): give it the same fields.")
-    model.load_state_dict({name: theirs[name] for name in names}, strict=False)
+    theirs, ours = (
+        {name: value for name, value in one.state_dict().items() if name.startswith(model.encoder_weights)}
+        for one in (other, model)
+    )
+    shapes = [{name: value.shape for name, value in weights.items()} for weights in (theirs, ours)]
+    changed = sorted(name for name in {**theirs, **ours} if shapes[0].get(name) != shapes[1].get(name))
+    changed += [name for name in _SHAPING if getattr(other.config, name, None) != getattr(model.config, name, None)]
+    if changed:
+        raise InputError(f"the encoder of {folder} is another (for one, {changed[0]}): give it the same fields.")
+    model.load_state_dict(theirs, strict=False)
 
 
 class EncoderTraining(TrainerCallback):
@@ -109,6 +116,8 @@ class EncoderTraining(TrainerCallback):
             return
         if state.global_step == self.recipe.pretraining_steps > 0:
             self._reset_decoder(args.seed)
+            # an autoencoder is not the best model
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         until = self.recipe.aggressive_until
         if self.recipe.aggressive_steps and float(self.trainer.model.training_progress) < until:
             for part in range(self.recipe.aggressive_steps):
@@ -134,20 +143,31 @@ class EncoderTraining(TrainerCallback):
         assert isinstance(model, VariationalLM)
         seed = (args.seed << 32) + (state.global_step * _MOST_AGGRESSIVE + part)
         generator = torch.Generator().manual_seed(seed % 2**63)
-        dataset, number = trainer.train_dataset, args.per_device_train_batch_size
-        rows = torch.randint(len(dataset), (number * size,), generator=generator).tolist()
-        batch = trainer._prepare_inputs(trainer.data_collator([dataset[row] for row in rows[rank::size]]))
-        given = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        tokens = gather_rows(model.scored_tokens(**given).sum()[None]).sum()
-        # another noise than that of the model's step
-        loss = trainer.model_wrapped(**given, seed=seed + (1 << 62), num_items_in_batch=tokens).loss
-        if not bool(torch.isfinite(loss)):
-            raise trainer.diverged(f"the loss of a step of the encoder is {float(loss)}")
-        (size * loss).backward()  # processes' gradients are averaged
+        parts, number = args.gradient_accumulation_steps, args.per_device_train_batch_size
+        rows = torch.randint(len(trainer.train_dataset), (parts * number * size,), generator=generator).tolist()[
+            rank::size
+        ]
+        items = [trainer.train_dataset[row] for row in rows]
+        batches = [trainer.data_collator(items[first : first + number]) for first in range(0, len(items), number)]
+        keys = ("input_ids", "attention_mask")
+        given = [trainer._prepare_inputs({key: batch[key] for key in keys}) for batch in batches]
+        own = torch.stack([model.scored_tokens(**batch).sum() for batch in given]).sum()
+        tokens = gather_rows(own[None]).sum()
+        optimizer = trainer.optimizer.optimizer  # accelerate's wrapper waits for the end of the model's accumulation
+        trainer.indices.append(torch.tensor(rows))
+        try:
+            for batch in given:
+                # another noise than that of the model's step
+                loss = trainer.model_wrapped(**batch, seed=seed + (1 << 62), num_items_in_batch=tokens).loss
+                (size * loss).backward()  # processes' gradients are averaged
+        except DivergedError as error:
+            raise trainer.diverged(error.what) from error
         for name, parameter in model.named_parameters():
-            if not name.startswith("encoder"):
+            if not name.startswith(model.encoder_alone):
                 parameter.grad = None
-        if args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        trainer.optimizer.optimizer.step()  # its wrapper would wait for the end of an accumulation
-        trainer.optimizer.zero_grad()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm or math.inf)
+        if not bool(torch.isfinite(norm)):
+            raise trainer.diverged(f"the norm of the gradient of a step of the encoder is {float(norm)}")
+        trainer.indices.clear()
+        optimizer.step()
+        optimizer.zero_grad()

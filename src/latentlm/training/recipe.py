@@ -293,6 +293,11 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         config = recipe.model_config(vocab_size=SMALLEST_VOCABULARY)
         if getattr(config, "max_position_embeddings", data.length) < data.length:
             raise ValueError(f"max_position_embeddings must be at least data.length, {data.length}")
+    if getattr(config, "encoder_batch_norm", None) is not None and not config.has_encoder:
+        raise InputError(
+            f"{places[('model', 'encoder_batch_norm')]}: model.encoder_batch_norm needs an encoder, "
+            f"and inference {config.inference} has none."
+        )
     if encoder.asks_for_something:
         with _located("encoder", document["encoder"], places):
             _check_encoder(encoder, config, data, arguments)

@@ -43,8 +43,9 @@ class LatentTrainer(Trainer):
     number of processes leave the loss as it is. Each log has, over the steps since the last one and all processes:
     `elbo_nll_per_token`, `nll_per_token`, `kl_per_token`, `kl_per_sequence`, `active_units` (of the posterior means
     seen), `beta`, `tokens` (scored, since the start) and `tokens_per_second`. Weights trained on Langevin samples have
-    no KL and no ELBO here, and `nll_per_token` is that of the sampled z. There is a log at every checkpoint, so that a
-    resumed run's figures are those of one that was not interrupted.
+    no KL and no ELBO here, and `nll_per_token` is that of the sampled z. All are figures of what trains: with latent or
+    word dropout, of a decoder that is denied its latent or words; and of the model's steps, not of the encoder's own.
+    There is a log at every checkpoint, so that a resumed run's figures are those of one that was not interrupted.
 
     Raises:
         DivergedError: at the first loss, gradient or weight that is not finite, before the weights take it in; names
@@ -71,7 +72,7 @@ class LatentTrainer(Trainer):
         if encoder.pretraining_steps or encoder.aggressive_steps:
             self.add_callback(EncoderTraining(encoder, self))
         self._staging: Path | None = None
-        self._indices: list[torch.Tensor] = []  # of the sequences of this step
+        self.indices: list[torch.Tensor] = []  # of the sequences of this step
         self.kl_of_step = torch.zeros(2, dtype=torch.double)  # their KL, and how many they are
 
     # ---- batches ---------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ class LatentTrainer(Trainer):
     # ---- a step ----------------------------------------------------------------------------------------------------
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self._indices.append(inputs["index"])
+        self.indices.append(inputs["index"])
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except DivergedError as error:
@@ -112,13 +113,13 @@ class LatentTrainer(Trainer):
         # with float16 a gradient too large is nothing unusual: that step is left out and the scale lowered
         if getattr(self.accelerator, "scaler", None) is None and not math.isfinite(float(norm)):
             raise self.diverged(f"the norm of the gradient is {float(norm)}")
-        self._indices.clear()
+        self.indices.clear()
         return norm
 
     def diverged(self, what: str) -> DivergedError:
         """The error to end with: where training is, what it met, and what to do."""
-        step = self.state.global_step + bool(self._indices)
-        indices = [index for batch in self._indices for index in batch.tolist()]
+        step = self.state.global_step + bool(self.indices)
+        indices = [index for batch in self.indices for index in batch.tolist()]
         if indices:
             shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
             what += f" (sequences {shown} of the training data)"
@@ -355,7 +356,7 @@ class _Statistics:
             }
         if start_time is not None:
             figures["tokens_per_second"] = self.seen_in_session / (time.time() - start_time)
-        if mean_sums is not None:
+        if mean_sums is not None and sequences > 1:
             mean, square = mean_sums / sequences
             figures["active_units"] = float((square - mean.square() > 0.01 * model.prior(1, 1).variance[0]).sum())
         self.reset()
