@@ -1,4 +1,4 @@
-"""What the families with an autoregressive decoder share: scoring in one pass, cached generation steps, `generate`."""
+"""What the families with an autoregressive decoder share: scoring in one pass, cached steps of generation."""
 
 import math
 from dataclasses import fields
@@ -8,14 +8,14 @@ import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from latentlm.config import LatentLMConfig
 from latentlm.distributions import Stream, sequence_keys, sequence_noise
 from latentlm.errors import InputError, shown
-from latentlm.latent_lm import LatentLM, LatentLMOutput
+from latentlm.generation import GeneratesFromLatents
+from latentlm.latent_lm import LatentLMOutput
 from latentlm.layers import self_cache, token_log_likelihood
 
 # a slip of the hand; a billion layers would be built one by one before memory runs out
@@ -91,7 +91,7 @@ class CausalConfig(LatentLMConfig):
             raise ValueError(f"word_dropout must be between 0 and 1, not {self.word_dropout}")
 
 
-class CausalLatentLM(LatentLM, GenerationMixin):
+class CausalLatentLM(GeneratesFromLatents):
     """A latent language model whose decoder is p(x | z) = Π_t p(x_t | z, x_<t).
 
     A family gives `embed_tokens`, `lm_head` and `hidden_states`, beside `prior` and `infer`.
@@ -118,10 +118,6 @@ class CausalLatentLM(LatentLM, GenerationMixin):
     ) -> Float[Tensor, "batch time hidden"]:
         """States from which `lm_head` predicts the token after each of `input_ids`; the mask covers the cache, too."""
         raise NotImplementedError
-
-    def new_cache(self) -> Cache | None:
-        """A fresh cache for `generate`; None lets GenerationMixin make its own."""
-        return None
 
     # ---- scoring -------------------------------------------------------------------------------------------------
 
@@ -177,7 +173,7 @@ class CausalLatentLM(LatentLM, GenerationMixin):
             log_likelihood = of_rows.new_zeros(len(targets)).index_copy(0, rows, of_rows)
         return log_likelihood.view(*samples, *scored.shape).masked_fill(~scored, 0.0)
 
-    # ---- generation ----------------------------------------------------------------------------------------------
+    # ---- a step of training or of generation ---------------------------------------------------------------------
 
     def forward(
         self,
@@ -211,183 +207,6 @@ class CausalLatentLM(LatentLM, GenerationMixin):
             past_key_values = self.new_cache()
         states = self.hidden_states(latents, input_ids, attention_mask, position_ids, past_key_values)
         return LatentLMOutput(logits=self.lm_head(states[:, -logits_to_keep:]), past_key_values=past_key_values)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input_ids: Int64[Tensor, "batch time"] | None = None,
-        latents: Float[Tensor, "rows *event"] | None = None,
-        attention_mask: Int64[Tensor, "batch time"] | None = None,
-        condition: Any = None,
-        *,
-        max_new_tokens: int = 64,
-        num_return_sequences: int = 1,
-        reinfer_every: int | None = None,
-        seed: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Text from latents, from a prompt, or from the prior, through transformers' `GenerationMixin.generate`.
-
-        Args:
-            input_ids: prompts, BOS x_1 … ; padding may be on either side. None starts from BOS alone.
-            latents: z for each prompt. None infers q(z | prompt) once and draws from it; a prompt of BOS alone draws
-                from the prior.
-            num_return_sequences: texts for each prompt; each has a z of its own unless `latents` are given or beams are
-                searched (beams share their prompt's z).
-            reinfer_every: infer z afresh from all the text so far after so many new tokens, and go on with a new draw
-                (Kong et al. 2025, section 2.3, the alternative sampling scheme). None keeps the first z.
-            seed: makes the call repeatable and leaves torch's global generator alone; None draws from that generator.
-            kwargs: anything else of `GenerationMixin.generate`: do_sample, temperature, top_k, top_p, num_beams …
-
-        Returns:
-            Token ids [batch · num_return_sequences, time] with the prompt (left-padded), or what
-            `return_dict_in_generate=True` gives.
-        """
-        if max_new_tokens < 1 or num_return_sequences < 1:
-            raise InputError("max_new_tokens and num_return_sequences must be at least 1.")
-        if reinfer_every is not None:
-            if reinfer_every < 1:
-                raise InputError(f"reinfer_every must be at least 1, not {reinfer_every}.")
-            if (kwargs.get("num_beams") or 1) > 1 or kwargs.get("return_dict_in_generate"):
-                raise InputError("reinfer_every goes neither with beams nor with return_dict_in_generate.")
-        if latents is not None:
-            self.check_latents(latents, tuple(self.prior(1, max_new_tokens).event_shape))
-        if input_ids is None:
-            rows = (self.rows_of(condition) or 1) if latents is None else len(latents)
-            input_ids = torch.full((rows, 1), self._bos(), device=self.device)
-        if not input_ids.numel():
-            raise InputError(f"input_ids of shape {list(input_ids.shape)} hold no prompt: give at least BOS.")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        input_ids, attention_mask = _padded_left(input_ids, attention_mask)
-        longest = self.config.max_position_embeddings
-        prompt_length = int(attention_mask.sum(1).max()) - 1
-        if prompt_length + max_new_tokens > longest:
-            raise InputError(
-                f"a prompt of {prompt_length} tokens and {max_new_tokens} new ones exceed the model's context "
-                f"of {longest}: shorten the prompt or ask for fewer."
-            )
-        with torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed % 2**63)
-            beams = kwargs.get("num_beams") or 1
-            if 1 < beams < num_return_sequences:
-                raise InputError(
-                    f"{beams} beams give at most {beams} texts for each prompt, not {num_return_sequences}."
-                )
-            latents_given = latents is not None
-            greedy = beams == 1 and not kwargs.get("do_sample", self.generation_config.do_sample)
-            if latents_given and greedy and num_return_sequences > 1 and reinfer_every is None:
-                raise InputError("the likeliest tokens of one latent are one text: sample, or ask for one of each.")
-            if latents is None:
-                draws = num_return_sequences if beams == 1 else 1
-                latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens, draws, seed)
-            else:
-                draws = 1
-            if len(latents) == 1 < len(input_ids):
-                latents = latents.expand(len(input_ids), *latents.shape[1:])
-            if len(latents) != len(input_ids) * draws:
-                raise InputError(
-                    f"{len(latents)} latents do not fit {len(input_ids)} prompts: give one for each, or one."
-                )
-            if reinfer_every is not None and latents_given:
-                draws = num_return_sequences
-                latents = latents.repeat_interleave(draws, 0)
-            input_ids = input_ids.repeat_interleave(draws, 0)
-            attention_mask = attention_mask.repeat_interleave(draws, 0)
-            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), _Finite()])
-            if reinfer_every is not None:
-                return self._generate_reinferring(
-                    input_ids,
-                    attention_mask,
-                    latents,
-                    condition,
-                    every=reinfer_every,
-                    max_new_tokens=max_new_tokens,
-                    seed=seed,
-                    **kwargs,
-                )
-            if (cache := self.new_cache()) is not None and kwargs.get("use_cache", True):
-                kwargs.setdefault("past_key_values", cache)
-            return super().generate(
-                input_ids,
-                attention_mask=attention_mask,
-                latents=latents,
-                max_new_tokens=max_new_tokens,
-                num_return_sequences=num_return_sequences // draws,
-                **kwargs,
-            )
-
-    def _generate_reinferring(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        latents: Tensor,
-        condition: Any,
-        *,
-        every: int,
-        max_new_tokens: int,
-        seed: int | None,
-        **kwargs: Any,
-    ) -> Int64[Tensor, "rows time"]:
-        """Parts of `every` tokens; a row that has ended is padded on the right and takes part no more."""
-        ends = kwargs.get("eos_token_id", self.generation_config.eos_token_id)
-        ends = torch.tensor(ends if isinstance(ends, list) else [-1 if ends is None else ends], device=self.device)
-        pad = kwargs.get("pad_token_id", self.generation_config.pad_token_id) or 0
-        text, ended = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=self.device)
-        for begin in range(0, max_new_tokens, every):
-            if begin:
-                latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens - begin, 1, seed)
-            new_tokens = min(every, max_new_tokens - begin)
-            given = {**kwargs, "past_key_values": self.new_cache()} if kwargs.get("use_cache", True) else kwargs
-            rows = super().generate(
-                input_ids, attention_mask=attention_mask, latents=latents, max_new_tokens=new_tokens, **given
-            )
-            new = rows[:, input_ids.shape[1] :].masked_fill(ended[:, None], pad)
-            is_end = torch.isin(new, ends) & ~ended[:, None]
-            after_end = is_end.cumsum(1) - is_end.long() > 0
-            real = (~after_end & ~ended[:, None]).long()
-            ended = ended | is_end.any(1)
-            text = torch.cat((text, new), dim=1)
-            input_ids, attention_mask = _padded_left(
-                torch.cat((input_ids, new), dim=1), torch.cat((attention_mask, real), dim=1)
-            )
-            if bool(ended.all()):
-                break
-        return text
-
-    def _latents_for(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        condition: Any,
-        max_new_tokens: int,
-        draws: int,
-        seed: int | None,
-    ) -> Float[Tensor, "rows *event"]:
-        """`draws` latents for each prompt, rows of one prompt together."""
-        noise_seed = int(torch.randint(2**62, ())) if seed is None else seed
-        lengths = self.scored_tokens(input_ids, attention_mask).sum(1)
-        keys = sequence_keys(input_ids, attention_mask)
-        # equal prompts in one call want different texts: the n-th of them has the n-th noise
-        keys = keys + (keys[:, None] == keys[None]).tril(-1).sum(1)
-        prior = self.prior(len(input_ids), lengths + max_new_tokens, condition)
-        latents = self.draw_latents(prior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
-        prompted = (lengths > 0) | (self.rows_of(condition) is not None)
-        if bool(prompted.any()):
-            posterior = self.infer(input_ids, attention_mask, condition, seed=noise_seed)
-            inferred = self.draw_latents(posterior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
-            latents = torch.where(prompted.view(1, -1, *[1] * self.latent_dims), inferred, latents)
-        return latents.transpose(0, 1).flatten(0, 1)
-
-    def rows_of(self, condition: Any) -> int | None:
-        """For how many texts a condition says of itself what z is, so that BOS alone infers it, too; None for none."""
-        return None
-
-    def _bos(self) -> int:
-        if self.config.bos_token_id is None:
-            raise InputError("the model's config names no bos_token_id, so a text needs input_ids to start from.")
-        return self.config.bos_token_id
 
     # ---- for the families ----------------------------------------------------------------------------------------
 
@@ -440,29 +259,8 @@ class CausalLatentLM(LatentLM, GenerationMixin):
         return create_sliding_window_causal_mask(config=self.config, inputs_embeds=x, **given)
 
 
-class _Finite(LogitsProcessor):
-    """Stops where there is no distribution to draw from; the likeliest token of NaNs would be one, too."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not bool((scores < math.inf).all()):  # −∞ is a token that another processor rules out
-            raise InputError(
-                "the model gives probabilities that are not finite: its latents are far too large, or it diverged."
-            )
-        return scores
-
-
 def token_cache(config: CausalConfig) -> DynamicCache:
     """A cache of the tokens that the window still sees."""
     # transformers' sliding layer keeps the last window − 1 tokens by a slice that means all of them for a window of 1;
     # a full cache and the mask give the same attention
     return DynamicCache() if config.sliding_window == 1 else DynamicCache(config=config)
-
-
-def _padded_left(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows shifted so that padding is on the left, where generation continues them; order within a row is kept."""
-    if bool(attention_mask.all()):
-        return input_ids, attention_mask
-    order = attention_mask.argsort(dim=1, stable=True)
-    input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-    keep = int(attention_mask.sum(1).max())
-    return input_ids[:, -keep:], attention_mask[:, -keep:]
