@@ -89,7 +89,7 @@ class Dense(Algebra):
     """One Cholesky factor for many right-hand sides: any times, O(T³) once and O(T²) for each of B · G · R."""
 
     def __init__(self, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "*B G T"]):
-        covariance = kernel(times[:, None] - times[None, :])
+        covariance = of_groups(kernel(times[:, None] - times[None, :]), noise.shape[-2])
         self.factor, info = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise))
         if not bool((info == 0).all() & self.factor.isfinite().all()):
             raise NotPositiveError
@@ -359,3 +359,8 @@ def cut(values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float
     """Values with 0 after each row's end."""
     real = torch.arange(values.shape[-2], device=values.device) < lengths[:, None]
     return values.masked_fill(~real[:, None, :, None], 0.0)
+
+
+def of_groups(values: Float[Tensor, "G *shape"], groups: int) -> Float[Tensor, "groups *shape"]:
+    """What groups of dimensions share, for so many finer groups; left to broadcasting where there is one for all."""
+    return values if len(values) in (1, groups) else values.repeat_interleave(groups // len(values), 0)

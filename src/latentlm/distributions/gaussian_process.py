@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
 
-from latentlm.distributions.algebra import Algebra, Dense, NotPositiveError, Toeplitz, cut
+from latentlm.distributions.algebra import Algebra, Dense, NotPositiveError, Toeplitz, cut, of_groups
 from latentlm.distributions.gaussian import sample_from_noise, select_rows
 from latentlm.distributions.kernels import Kernel
 from latentlm.distributions.state_space import StateSpace
@@ -120,12 +120,17 @@ class GaussianProcess(Distribution):
     def algebra(self) -> Algebra:
         """That of K + nugget, made when it is first asked for."""
         if self._algebra is None:
-            self._algebra = self.with_noise(self.nugget.expand(self.groups)[:, None].expand(-1, len(self.times)))
+            self._algebra = self.with_noise(self.noise(self.groups))
         return self._algebra
+
+    def noise(self, groups: int) -> Float[Tensor, "groups T"]:
+        """The nugget at each time, for so many groups of dimensions."""
+        each = of_groups(self.nugget, groups).expand(groups)
+        return each[:, None].expand(-1, len(self.times))
 
     def with_noise(self, noise: Float[Tensor, "*B groups T"]) -> Algebra:
         """The algebra of K + diag(noise), with a little more noise where float64 needs it."""
-        size = self.kernel.variance()[:, None]
+        size = of_groups(self.kernel.variance(), noise.shape[-2])[:, None]
         regular = noise.dim() == 2
         for jitter in _JITTERS:
             try:
@@ -181,6 +186,14 @@ class GaussianProcess(Distribution):
         )
         other._algebra = self._algebra
         return other
+
+    def row_lengths(self, rows: int) -> Int64[Tensor, " rows"]:
+        return self._lengths().expand(rows)
+
+    def log_determinant(self) -> Float[Tensor, "*B"]:
+        """log |Σ| of all dimensions of a row."""
+        each = self._of_lengths(self.algebra.log_determinant, self._lengths())
+        return (each.expand(-1, self.groups).sum(-1) * (self.dim // self.groups)).view(self.batch_shape)
 
     # ---- layout: [*samples, B, T, dim] outside, [rows, G, T, R] inside ---------------------------------------------
 

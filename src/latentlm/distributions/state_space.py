@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from latentlm.distributions.algebra import Algebra, NotPositiveError, cut
+from latentlm.distributions.algebra import Algebra, NotPositiveError, cut, of_groups
 from latentlm.distributions.kernels import Kernel
 
 _CHUNK = 16
@@ -58,8 +58,9 @@ class StateSpace(Algebra):
     @classmethod
     def of_kernel(cls, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "*B G T"]) -> "StateSpace":
         """Exact, for a Markov kernel."""
-        stationary = kernel.stationary()[:, None]
-        transition = kernel.transition(times.diff(prepend=times[:1]))
+        groups = noise.shape[-2]
+        stationary = of_groups(kernel.stationary(), groups)[:, None]
+        transition = of_groups(kernel.transition(times.diff(prepend=times[:1])), groups)
         added = stationary - transition @ stationary @ transition.mT
         added = torch.cat((stationary.expand_as(added)[:, :1], added[:, 1:]), 1)
         return cls(transition, added, kernel.readout().expand(*transition.shape[:-1]), noise)
@@ -89,6 +90,7 @@ class StateSpace(Algebra):
         one = torch.eye(len(inducing)).to(among).expand(*readout.shape, -1)
         first = torch.zeros_like(one)
         first[:, 0] = one[:, 0]
+        one, first, readout, left_over = (of_groups(x, noise.shape[-2]) for x in (one, first, readout, left_over))
         return cls(one, first, readout, noise + left_over)
 
     def whiten(self, values: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
