@@ -56,7 +56,7 @@ class GaussianProcess(Distribution):
         kernel: Kernel,
         times: Float[Tensor, " T"],
         dim: int = 1,
-        nugget: float | Float[Tensor, "#groups"] = 0.0,
+        nugget: float | Float[Tensor, "*groups"] = 0.0,
         algebra: AlgebraName = "auto",
         *,
         lengths: Int64[Tensor, " B"] | None = None,
@@ -95,13 +95,13 @@ class GaussianProcess(Distribution):
         rows, lengths, leading = self._rows(value)
         quadratic = self.algebra.quadratic(rows, lengths).sum((-1, -2))
         normaliser = self._of_lengths(self.algebra.log_determinant, lengths).sum(-1) * (self.dim // self.groups)
-        total = quadratic + normaliser + lengths * (self.dim * _LOG_2PI)
+        total = quadratic + normaliser + lengths.double() * (self.dim * _LOG_2PI)
         return (-0.5 * total).view(leading).to(value.dtype)
 
     def entropy(self) -> Float[Tensor, "*B"]:
         lengths = self._lengths()
         determinants = self._of_lengths(self.algebra.log_determinant, lengths).sum(-1) * (self.dim // self.groups)
-        return (0.5 * (determinants + lengths * (self.dim * (1 + _LOG_2PI)))).view(self.batch_shape)
+        return (0.5 * (determinants + lengths.double() * (self.dim * (1 + _LOG_2PI)))).view(self.batch_shape)
 
     def rsample(self, sample_shape: Any = ()) -> Float[Tensor, "*samples T dim"]:
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -280,12 +280,12 @@ def _(distribution: GaussianProcess, rows: Tensor) -> GaussianProcess:
 
 
 @register_kl(Independent, GaussianProcess)
-def kl_of_diagonal(posterior: Independent, prior: GaussianProcess) -> Float[Tensor, " B"]:
+def kl_of_diagonal(posterior: Independent, prior: GaussianProcess) -> Float[Tensor, "*B"]:
     """KL of a Gaussian that is diagonal over time: ½ Σ_d [tr(Σ⁻¹ diag σ²) + μᵀ Σ⁻¹ μ − n + log |Σ| − Σ_t log σ²]."""
     return kl_of_diagonal_per_dimension(posterior, prior).sum(-1)
 
 
-def kl_of_diagonal_per_dimension(posterior: Independent, prior: GaussianProcess) -> Float[Tensor, "B dim"]:
+def kl_of_diagonal_per_dimension(posterior: Independent, prior: GaussianProcess) -> Float[Tensor, "*B dim"]:
     """The same for each dimension: these are independent, times are not."""
     if not isinstance(posterior.base_dist, Normal):
         raise NotImplementedError
@@ -301,7 +301,7 @@ def kl_of_diagonal_per_dimension(posterior: Independent, prior: GaussianProcess)
     return kl.flatten(1).view(*leading, prior.dim).to(mean.dtype)
 
 
-def _chosen(algebra: str, kernel: Kernel, times: Tensor) -> str:
+def _chosen(algebra: AlgebraName, kernel: Kernel, times: Tensor) -> AlgebraName:
     gaps = times.diff()
     regular = len(gaps) == 0 or bool(((gaps - gaps[0]).abs() <= 1e-9 * gaps[0]).all())
     if algebra == "auto":

@@ -63,6 +63,7 @@ class StateSpace(Algebra):
         transition = of_groups(kernel.transition(times.diff(prepend=times[:1])), groups)
         added = stationary - transition @ stationary @ transition.mT
         added = torch.cat((stationary.expand_as(added)[:, :1], added[:, 1:]), 1)
+        transition = transition.expand_as(added)
         return cls(transition, added, kernel.readout().expand(*transition.shape[:-1]), noise)
 
     @classmethod

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributions import Distribution, Independent, constraints, register_kl
+from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
 
 from latentlm.distributions.algebra import cut
 from latentlm.distributions.gaussian import (
@@ -40,7 +40,7 @@ class SitesPosterior(Distribution):
         DivergedError: observations that are not finite.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    arg_constraints: dict[str, Any] = {}
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
@@ -110,7 +110,7 @@ class SitesPosterior(Distribution):
         """log p(m): of all the observations, before z."""
         quadratic = (self._m * self._u).sum((-1, -2, -3))
         determinant = self._algebra.log_determinant(self.lengths).sum(-1)
-        return -0.5 * (quadratic + determinant + self.lengths * (self.prior.dim * _LOG_2PI))
+        return -0.5 * (quadratic + determinant + self.lengths.double() * (self.prior.dim * _LOG_2PI))
 
     def _diagonal(self) -> Float[Tensor, "batch dim T 1"]:
         return self._algebra.precision_diagonal(self.lengths)[..., None]
@@ -131,7 +131,7 @@ class WhitenedGaussian(Distribution):
         white: q(w | x), batch [batch], event [T, dim].
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    arg_constraints: dict[str, Any] = {}
     support = constraints.independent(constraints.real, 2)
     has_rsample = True
 
@@ -149,14 +149,14 @@ class WhitenedGaussian(Distribution):
     def log_prob(self, value: Float[Tensor, "*samples batch T dim"]) -> Float[Tensor, "*samples batch"]:
         white = self.prior.whiten(value)
         said = self.white.base_dist.log_prob(white).to(value.dtype)
-        lengths = self.prior.row_lengths(*self.batch_shape).expand(said.shape[:-2])
+        lengths = self.prior.row_lengths(self.batch_shape[0]).expand(said.shape[:-2])
         of_white = cut(said.flatten(0, -3)[:, None], lengths.flatten()).sum((-1, -2, -3)).view(lengths.shape)
         return of_white - 0.5 * self.prior.log_determinant().to(value.dtype)
 
     def kl(self) -> Float[Tensor, "batch dim"]:
         """KL(q ‖ p) of each dimension, in nats."""
-        said = kl_per_dimension(self.white, standard_normal(*self.batch_shape, tuple(self.event_shape)))
-        return cut(said[:, None], self.prior.row_lengths(*self.batch_shape)).sum((1, 2))
+        said = kl_per_dimension(self.white, standard_normal(self.batch_shape[0], tuple(self.event_shape)))
+        return cut(said[:, None], self.prior.row_lengths(self.batch_shape[0])).sum((1, 2))
 
 
 @sample_from_noise.register
@@ -172,13 +172,15 @@ def _(distribution: SitesPosterior) -> tuple[int, ...]:
 
 @select_rows.register
 def _(distribution: SitesPosterior, rows: Tensor) -> SitesPosterior:
-    prior = select_rows(distribution.prior, rows)
+    prior = distribution.prior.with_lengths(distribution.lengths[rows])
     return SitesPosterior(prior, distribution.observed[rows], distribution.log_variance[rows])
 
 
 @select_rows.register
 def _(distribution: WhitenedGaussian, rows: Tensor) -> WhitenedGaussian:
-    return WhitenedGaussian(select_rows(distribution.prior, rows), select_rows(distribution.white, rows))
+    prior = distribution.prior.with_lengths(distribution.prior.row_lengths(len(rows))[rows])
+    base = distribution.white.base_dist
+    return WhitenedGaussian(prior, Independent(Normal(base.loc[rows], base.scale[rows]), 2))
 
 
 @sample_from_noise.register
