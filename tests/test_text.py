@@ -4,10 +4,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tests.toy import small_model
 from tests.training.runs import trained
 
 from latentlm import InputError, load
 from latentlm.data import text_batch
+from latentlm.data.tokenizers import train_word_tokenizer
 from latentlm.text import Encoding, encode, write
 
 TEXTS = ["the cat sat", "a", "some dogs are in the garden", "naïve café 😀", "the cat sat", ""]
@@ -145,6 +147,16 @@ def test_prompts_of_unequal_length_do_not_disturb_each_other(loaded):
     together = write(*loaded, prompts, latents=latents, max_new_tokens=8)
     alone = [write(*loaded, [prompt], latents=latents[:1], max_new_tokens=8)[0] for prompt in prompts]
     assert together == alone
+
+
+def test_words_go_on_after_a_blank():
+    texts = ["the brave sailor painted a boat", "a kind teacher read the poem"]
+    tokenizer = train_word_tokenizer(texts, 60)
+    model = small_model("gpt_vae", vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    options = {"max_new_tokens": 3, "seed": 0, "eos_token_id": None, "suppress_tokens": [0]}
+    for text in write(model, tokenizer, ["the  Brave", "a"], do_sample=True, **options):
+        assert text.startswith(("the  Brave ", "a "))  # the prompt as it was given, unknown words and blanks, too
+        assert set(text.split()[-3:]) <= {*texts[0].split(), *texts[1].split(), "<unk>"}
 
 
 @pytest.mark.parametrize("prompts", [(), ["the", "some dogs"]])

@@ -125,14 +125,13 @@ class CausalLatentLM(GeneratesFromLatents):
         self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Hidden states and targets with samples folded into the batch, and the samples' shape to unfold them with."""
+        self.check_text(input_ids, attention_mask)
         batch_dim = latents.dim() - 1 - self.latent_dims
         samples = tuple(latents.shape[: max(batch_dim, 0)])
         if batch_dim < 0 or latents.shape[batch_dim] != len(input_ids):
             raise InputError(
                 f"latents of shape {list(latents.shape)} do not fit {len(input_ids)} sequences: give one for each."
             )
-        if not input_ids.numel():
-            raise InputError(f"input_ids of shape {list(input_ids.shape)} hold no text: give at least BOS.")
         latents = latents.flatten(0, batch_dim)
         repeats = len(latents) // max(len(input_ids), 1)
         if attention_mask is not None:

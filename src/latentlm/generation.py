@@ -13,6 +13,8 @@ from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
 from latentlm.latent_lm import LatentLM
 
+_NEW_TOKENS = 64
+
 
 class GeneratesFromLatents(LatentLM, GenerationMixin):
     """`generate`: infers z once, or takes it, and leaves the rest to transformers.
@@ -32,7 +34,7 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         num_return_sequences: int = 1,
         reinfer_every: int | None = None,
         seed: int | None = None,
@@ -44,6 +46,7 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
             input_ids: prompts, BOS x_1 … ; padding may be on either side. None starts from BOS alone.
             latents: z for each prompt. None infers q(z | prompt) once and draws from it; a prompt of BOS alone draws
                 from the prior.
+            max_new_tokens: None is 64, or what the prompt leaves of the model's context where that is less.
             num_return_sequences: texts for each prompt; each has a z of its own unless `latents` are given or beams are
                 searched (beams share their prompt's z).
             reinfer_every: infer z afresh from all the text so far after so many new tokens, and go on with a new draw
@@ -55,7 +58,7 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
             Token ids [batch · num_return_sequences, time] with the prompt (left-padded), or what
             `return_dict_in_generate=True` gives.
         """
-        if max_new_tokens < 1 or num_return_sequences < 1:
+        if (max_new_tokens is not None and max_new_tokens < 1) or num_return_sequences < 1:
             raise InputError("max_new_tokens and num_return_sequences must be at least 1.")
         if reinfer_every is not None:
             if reinfer_every < 1:
@@ -63,17 +66,20 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
             if (kwargs.get("num_beams") or 1) > 1 or kwargs.get("return_dict_in_generate"):
                 raise InputError("reinfer_every goes neither with beams nor with return_dict_in_generate.")
         if latents is not None:
-            self.check_latents(latents, tuple(self.prior(1, max_new_tokens).event_shape))
+            if self.rows_of(condition) is not None:
+                raise InputError("latents and a condition both say what z is: give one of them.")
+            self.check_latents(latents, tuple(self.prior(1, max_new_tokens or 1).event_shape))
         if input_ids is None:
             rows = (self.rows_of(condition) or 1) if latents is None else len(latents)
             input_ids = torch.full((rows, 1), self._bos(), device=self.device)
-        if not input_ids.numel():
-            raise InputError(f"input_ids of shape {list(input_ids.shape)} hold no prompt: give at least BOS.")
+        self.check_text(input_ids, attention_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = _padded_left(input_ids, attention_mask)
         longest = self.config.max_position_embeddings
         prompt_length = int(attention_mask.sum(1).max()) - 1
+        if max_new_tokens is None:
+            max_new_tokens = max(min(_NEW_TOKENS, longest - prompt_length), 1)
         if prompt_length + max_new_tokens > longest:
             raise InputError(
                 f"a prompt of {prompt_length} tokens and {max_new_tokens} new ones exceed the model's context "

@@ -202,6 +202,7 @@ class LatentLM(PreTrainedModel):
             seed: of all noise; the default is drawn from torch's generator in training mode, 0 in evaluation mode.
             num_items_in_batch: scored tokens of the global batch, when this is a part of it.
         """
+        self.check_text(input_ids, attention_mask)
         if seed is None:
             seed = self._any_seed()
         scored = self.scored_tokens(input_ids, attention_mask)
@@ -313,8 +314,31 @@ class LatentLM(PreTrainedModel):
             ]
         )
 
+    def check_text(self, input_ids: Tensor, attention_mask: Tensor | None, name: str = "input_ids") -> None:
+        """Raises InputError unless these are texts [batch, time] of the vocabulary and within the model's context.
+
+        Whether a token is one of the vocabulary is asked on a CPU alone: elsewhere it would wait for the device.
+        """
+        if not input_ids.numel() or input_ids.dim() != 2:
+            raise InputError(f"{name} of shape {list(input_ids.shape)} hold no text: give [batch, time], at least BOS.")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            shapes = f"{list(attention_mask.shape)}, and its {name} {list(input_ids.shape)}"
+            raise InputError(f"attention_mask has the shape {shapes}: give both the same.")
+        longest, tokens = getattr(self.config, "max_position_embeddings", None), input_ids.shape[1] - 1
+        if longest is not None and tokens > longest:
+            tokens = tokens if attention_mask is None else int(attention_mask.sum(1).max()) - 1
+            if tokens > longest:
+                raise InputError(f"a text of {tokens} tokens exceeds the model's context of {longest}: cut it.")
+        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            least, most = input_ids.aminmax()
+            if least < 0 or most >= self.config.vocab_size:
+                wrong = int(least if least < 0 else most)
+                raise InputError(f"{name} hold {wrong}, no token of the vocabulary of {self.config.vocab_size}.")
+
     def check_latents(self, latents: Tensor, event_shape: tuple[int, ...]) -> None:
         """Raises InputError unless latents are [batch, *event] and finite."""
+        if not isinstance(latents, Tensor):
+            raise InputError(f"latents must be a tensor [batch, *event], not a {type(latents).__name__}.")
         if tuple(latents.shape[1:]) != tuple(event_shape):
             raise InputError(
                 f"latents of shape {list(latents.shape)} do not fit this model: "

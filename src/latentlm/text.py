@@ -180,5 +180,12 @@ def write(
         new = row[skip:]
         if tokenizer.eos_token_id in new:
             new = new[: new.index(tokenizer.eos_token_id)]
-        texts.append((prompts[index // per_prompt] if prompts else "") + tokenizer.decode(new))
+        texts.append(_continued(tokenizer, prompts[index // per_prompt], new) if prompts else tokenizer.decode(new))
     return texts
+
+
+def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, new: list[int]) -> str:
+    """A prompt as it was given and what follows, which begins with white space where the tokenizer says so."""
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    before, whole = str(tokenizer.decode(ids)), str(tokenizer.decode(ids + new))
+    return prompt + (whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(new)))

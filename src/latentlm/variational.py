@@ -36,7 +36,8 @@ class VariationalConfig(LatentLMConfig):
         encoder_layers: of the encoder's Transformer.
         encoder_batch_norm: γ; batch normalisation of the encoder's μ over texts with this scale: E_x[μ²] ≥ γ², so the
             mean KL to N(0, I) is at least γ²/2 for each dimension (BN-VAE; Zhu et al. 2020, arXiv 2004.12585, equations
-            9 to 11). None for none. While
+            9 to 11). None for none. This holds of the encoder's q while training: gradient steps from there
+            (cooperative) lower the KL at once. While
             training, a text's q then depends on its batch (under DDP, its process'), and evaluation uses averages that
             the first process kept. Inference without the encoder does without it.
         inference_steps: T.
@@ -78,8 +79,9 @@ class VariationalConfig(LatentLMConfig):
                 raise ValueError(f"{name} must be a number from 0 on, not {getattr(self, name)}")
         if self.inference == "langevin" and self.inference_start == "learned":
             raise ValueError("inference langevin trains no start: set inference_start to prior or fixed")
-        if self.inference == "langevin" and self.kl_target is not None:
-            raise ValueError("kl_target steers a KL, and inference langevin trains without one: leave it out")
+        charges = ("beta_warmup", "beta_cycles", "kl_target", "free_bits", "kl_threshold")
+        if self.inference == "langevin" and (given := [name for name in charges if getattr(self, name)]):
+            raise ValueError(f"{given[0]} is about a KL, and inference langevin trains without one: leave it out")
         if not math.isfinite(self.inference_start_log_variance):
             raise ValueError("inference_start_log_variance must be finite")
 
@@ -137,6 +139,7 @@ class VariationalLM(LatentLM):
         *,
         seed: int = 0,
     ) -> Independent:
+        self.check_text(input_ids, attention_mask)
         start = self._start(input_ids, attention_mask, condition)
         if self.config.inference == "amortised":
             return diagonal_gaussian(*start)
@@ -197,7 +200,10 @@ class VariationalLM(LatentLM):
         elif start != "fixed":
             unread = {"inference_start_log_variance"}
         for name in sorted(unread & changes.keys()):
-            raise InputError(f"{name} changes nothing where inference is {inference} and its start {start}.")
+            if not name.startswith("inference"):
+                continue  # `LatentLM.change_inference` says that it is no setting of an inference
+            where = inference if inference == "amortised" else f"{inference} and its start {start}"
+            raise InputError(f"{name} changes nothing where inference is {where}.")
         super().change_inference(**changes)
 
     def _start(self, input_ids: Tensor, attention_mask: Tensor | None, condition: Any) -> tuple[Tensor, Tensor]:

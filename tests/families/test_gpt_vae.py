@@ -1,6 +1,7 @@
 """GPT-VAE against a slow, obvious decoder, and what its latent, conditions and dropouts do."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -323,15 +324,42 @@ def test_a_prompt_goes_on_with_another_text_s_latent():
         ({"ids": 1}, "give a mapping with input_ids"),
         ({"input_ids": [[1]]}, "give a mapping with input_ids"),
         ({"input_ids": texts(3, 4).float()}, "give a mapping with input_ids"),
-        ({"input_ids": texts(3, 4)[:, :0]}, "give a mapping with input_ids"),
-        ({"input_ids": texts(3, 4), "attention_mask": torch.ones(3, 5)}, "must have the shape"),
-        ({"input_ids": texts(3, 4) + VOCABULARY}, "none of the vocabulary's 23"),
+        ({"input_ids": texts(3, 4)[:, :0]}, "the condition's input_ids of shape .3, 0. hold no text"),
+        ({"input_ids": texts(3, 4), "attention_mask": torch.ones(3, 5)}, "attention_mask has the shape .3, 5."),
+        ({"input_ids": texts(3, 4), "attention_mas": None}, "a condition has input_ids and attention_mask, and no"),
+        ({"input_ids": texts(3, 4) + VOCABULARY}, "no token of the vocabulary of 23"),
         ({"input_ids": texts(2, 4)}, "2 texts to infer z from do not fit 3"),
     ],
 )
 def test_a_condition_that_is_none_of_a_text_is_refused(condition, words):
     with pytest.raises(InputError, match=words):
         model_of().infer(texts(3, 4), condition=condition)
+
+
+def test_a_text_that_is_none_is_refused_wherever_it_enters():
+    model = model_of(max_position_embeddings=6)
+    z = prior_latents(model, texts(2, 4))
+    wrong = [
+        (texts(2, 4)[:0], None, "hold no text"),
+        (texts(2, 4) + VOCABULARY, None, "no token of the vocabulary of 23"),
+        (texts(2, 4).index_fill(1, torch.tensor([3]), -100), None, "hold -100"),
+        (texts(2, 10), None, "a text of 9 tokens exceeds the model's context of 6"),
+    ]
+    for ids, mask, words in wrong:
+        for verb in (model.infer, model, partial(model.decode, z), partial(model.log_likelihood, z)):
+            with pytest.raises(InputError, match=words):
+                verb(ids, mask)
+    padded_far, mask = padded(texts(2, 9), [4, 2], "left", total=9)
+    assert model.infer(padded_far, mask).mean.shape == z.shape
+
+
+def test_a_text_is_as_long_as_the_context_leaves_unless_more_is_asked_for():
+    model = model_of(max_position_embeddings=9)
+    assert model.generate(texts(2, 4), seed=0, do_sample=True, eos_token_id=None).shape == (2, 4 + 6)
+    with pytest.raises(InputError, match="exceed the model's context of 9"):
+        model.generate(texts(2, 4), max_new_tokens=7)
+    with pytest.raises(InputError, match="latents and a condition both say what z is"):
+        model.generate(texts(2, 4), prior_latents(model, texts(2, 4)), condition={"input_ids": texts(2, 3)})
 
 
 def test_one_latent_serves_a_whole_batch():

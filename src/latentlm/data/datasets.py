@@ -302,7 +302,9 @@ def text_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], end: bo
 
     A prompt to continue has no end yet: `end=False`.
     """
-    if isinstance(texts, str) or not texts:
+    if isinstance(texts, str):
+        raise InputError("texts are a list of strings, not one string: put it into a list")
+    if not texts:
         raise InputError("there are no texts: give a list with at least one string")
     bos, eos = bos_and_eos(tokenizer)
     encoded = tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]

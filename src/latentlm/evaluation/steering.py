@@ -130,9 +130,9 @@ def style_transfer(
 
     Returns:
         `style_transfer_recovered`: share of the c, each read without its prompt, whose posterior mean is nearer to that
-        of a than to that of b, Euclidean in prior standard deviations; an equal distance counts a half, an empty c
-        nothing. `style_transfer_overlap`: mean `token_overlap` of c and a after its own first `prompt_tokens`, special
-        tokens left out. Both again as `…_by_prior_z`, the control; and the settings.
+        of a than to that of b, Euclidean in prior standard deviations; an equal distance counts a half, and so does
+        an empty c. `style_transfer_overlap`: mean `token_overlap` of c and a after its own first `prompt_tokens`,
+        special tokens left out. Both again as `…_by_prior_z`, the control; and the settings.
 
     Raises:
         InputError: a model that writes no text or has no latents, too few texts longer than the prompt, or a text
@@ -194,10 +194,10 @@ def _nearer(
     than_to: Float[Tensor, "texts numbers"],
     seed: int,
 ) -> list[float]:
-    """For each text 1 if its posterior mean is nearer to the one than to the other, ½ if equally near; 0 if empty."""
+    """For each text 1 if its posterior mean is nearer to the one than to the other, ½ if equally near, or empty."""
     ends = end_tokens(model.config)
     places = [place for place, text in enumerate(written) if until_end(text, ends)]
-    nearer = torch.zeros(len(written), dtype=torch.double, device=model.device)
+    nearer = torch.full((len(written),), 0.5, dtype=torch.double, device=model.device)
     if places:
         rows = [torch.cat([bos[place], bos.new_tensor(written[place])]) for place in places]
         means, _ = _infer(model, rows, seed)

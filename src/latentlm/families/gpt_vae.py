@@ -195,11 +195,12 @@ class GPTVAE(CausalLatentLM, VariationalLM):
 
     def _checked(self, condition: Any) -> Mapping[str, Tensor]:
         ids = condition.get("input_ids") if isinstance(condition, Mapping) else None
-        if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 2 or not ids.numel():
+        if not isinstance(ids, Tensor) or ids.dtype != torch.int64:
             raise InputError("condition is the text to infer z from: give a mapping with input_ids [batch, time].")
+        if unknown := sorted(condition.keys() - {"input_ids", "attention_mask"}):
+            raise InputError(f"a condition has input_ids and attention_mask, and no {unknown[0]!r}.")
         mask = condition.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-            raise InputError(f"the condition's attention_mask must have the shape of its input_ids, {list(ids.shape)}.")
-        if not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise InputError(f"the condition has tokens that are none of the vocabulary's {self.config.vocab_size}.")
+        if mask is not None and not isinstance(mask, Tensor):
+            raise InputError(f"the condition's attention_mask must be a tensor, not a {type(mask).__name__}.")
+        self.check_text(ids, mask, "the condition's input_ids")
         return condition

@@ -27,7 +27,8 @@ class ProgressLine(TrainerCallback):
 
     def __init__(self, console: Console, name: str):
         self.console, self.name = console, name
-        self.figures = ""
+        self.figures, self.figures_step = "", 0
+        self.due = False
         self.tenth = 0
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -62,16 +63,27 @@ class ProgressLine(TrainerCallback):
             )
             if "tokens_per_second" in logs:
                 self.figures += f", {logs['tokens_per_second']:,.0f} tokens/s"
+            self.figures_step = state.global_step
+        if self.due:
+            self._show(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # a step's own figures come after its end: where they are due, the line waits for them
+        self.due = control.should_log
+        if not self.due:
+            self._show(state)
+
+    def _show(self, state: TrainerState) -> None:
+        self.due = False
         self.progress.update(self.task, completed=state.global_step, figures=self.figures)
         tenth = 10 * state.global_step // max(state.max_steps, 1)
         if not self.console.is_terminal and tenth > self.tenth:
             self.tenth = tenth
-            self.console.print(
-                "; ".join(filter(None, (f"{self.name}: step {state.global_step} of {state.max_steps}", self.figures))),
-                soft_wrap=True,
-            )
+            parts = [f"{self.name}: step {state.global_step} of {state.max_steps}"]
+            if self.figures:
+                earlier = self.figures_step != state.global_step
+                parts.append(f"at step {self.figures_step} {self.figures}" if earlier else self.figures)
+            self.console.print("; ".join(parts), soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -132,14 +132,22 @@ class Recipe:
         ):
             # transformers takes a larger figure for a better one unless its name ends in loss
             given = {"metric_for_best_model": "elbo_nll_per_token", "greater_is_better": False, **given}
-        return TrainingArguments(
-            **given,
-            output_dir=str(output_dir),
-            remove_unused_columns=False,
-            disable_tqdm=True,
-            logging_nan_inf_filter=False,  # it hides what the trainer stops at
-            label_names=["labels"],
-        )
+        try:
+            return TrainingArguments(
+                **given,
+                output_dir=str(output_dir),
+                remove_unused_columns=False,
+                disable_tqdm=True,
+                logging_nan_inf_filter=False,  # it hides what the trainer stops at
+                label_names=["labels"],
+            )
+        except ValueError as error:
+            if "use_cpu" in str(error):  # transformers names neither the key nor the way out
+                half = "bf16" if given.get("bf16") else "fp16"
+                raise ValueError(
+                    f"training.{half} needs a GPU, and none is here: leave it out, or add training.use_cpu: true"
+                ) from error
+            raise
 
 
 class Loader(yaml.SafeLoader):
