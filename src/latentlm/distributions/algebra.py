@@ -151,8 +151,13 @@ class Toeplitz(Algebra):
         self._inverses_at(torch.tensor([len(times)]))  # to see at once whether it is positive definite
 
     def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
-        values = cut(values, lengths)
-        return (values * self.solve(values, lengths)).sum(-2)
+        inverses = self._inverses_at(lengths)
+        order = torch.cat([(lengths == length).nonzero()[:, 0] for length in (0, *inverses)])
+        quadratics = [values.new_zeros(int((lengths == 0).sum()), values.shape[1], values.shape[-1])]
+        for length, (column, _) in inverses.items():
+            columns = values[lengths == length][:, :, :length].transpose(-1, -2)
+            quadratics.append(_Quadratic.apply(self.covariance, column.detach(), columns))
+        return torch.cat(quadratics)[order.argsort()]
 
     def solve(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G T R"]:
         values = cut(values, lengths)
@@ -300,6 +305,28 @@ class _Inverses(torch.autograd.Function):
             gradient[:, :length] += of_log_determinant[:, None] * _inverse_diagonal_sums(x)
             gradient[:, :length] -= _products_at_lags(against, x)
         return gradient, None
+
+
+class _Quadratic(torch.autograd.Function):
+    """vᵀ Σ⁻¹ v of columns [B, G, R, T]; with u = Σ⁻¹ v its gradient is 2 u in v and −u uᵀ in Σ."""
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor, x: Tensor, values: Tensor) -> Tensor:
+        solved = _inverse_times(x, values)
+        ctx.save_for_backward(solved)
+        ctx.total = covariance.shape[-1]
+        return (values * solved).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        (solved,) = ctx.saved_tensors
+        gradient, length = gradients[0][..., None], solved.shape[-1]
+        power = torch.fft.rfft(solved, n=2 * length)
+        power = ((power.real.square() + power.imag.square()) * gradient).sum((0, 2))
+        at_lags = torch.fft.irfft(power, n=2 * length)[:, :length]
+        of_covariance = -torch.cat((at_lags[:, :1], 2 * at_lags[:, 1:]), -1)
+        padding = (0, ctx.total - length)
+        return torch.nn.functional.pad(of_covariance, padding), None, 2 * gradient * solved
 
 
 # Gohberg and Semencul: with x the first column of Σ⁻¹ and y = (0, x_(n−1), …, x_1),

@@ -291,11 +291,12 @@ def kl_of_diagonal_per_dimension(posterior: Independent, prior: GaussianProcess)
         raise NotImplementedError
     mean, scale = posterior.base_dist.loc, posterior.base_dist.scale
     rows, lengths, leading = prior._rows(mean)
-    spread = prior._grouped(scale.expand(*leading, *prior.event_shape).reshape(-1, *prior.event_shape).double())
+    scale = scale.expand(*leading, *prior.event_shape).reshape(-1, *prior.event_shape)
     algebra = prior.algebra
     diagonal = prior._of_lengths(algebra.precision_diagonal, lengths)
-    logs = cut(2 * spread.log(), lengths).sum(-2)
-    trace = (diagonal[..., None] * cut(spread.square(), lengths)).sum(-2)
+    logs = 2 * cut(prior._grouped(scale.log()), lengths).sum(-2, dtype=torch.float64)
+    spread = cut(prior._grouped(scale), lengths).double()
+    trace = torch.einsum("bgtr,bgtr,bgt->bgr", spread, spread, diagonal.expand(len(spread), spread.shape[1], -1))
     determinant = prior._of_lengths(algebra.log_determinant, lengths)[..., None]
     kl = 0.5 * (trace + algebra.quadratic(rows, lengths) - lengths[:, None, None] + determinant - logs)
     return kl.flatten(1).view(*leading, prior.dim).to(mean.dtype)

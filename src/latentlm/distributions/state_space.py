@@ -121,6 +121,15 @@ class StateSpace(Algebra):
         backwards = recurrence(self.closed.mT.flip(-3), self.readout.flip(-2), -self.gain.flip(-2), white.flip(-2))
         return cut(backwards.flip(-2), lengths)
 
+    def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
+        if self.variance.dim() > 2:
+            return super().quadratic(values, lengths)
+        columns = cut(values, lengths).permute(1, 2, 0, 3)
+        real = torch.arange(columns.shape[1], device=lengths.device)[:, None] < lengths
+        white = recurrence(self.closed, self.gain, -self.readout, columns.flatten(2)[None])[0].view(columns.shape)
+        weights = real / self.variance[..., None]
+        return torch.einsum("gtbr,gtbr,gtb->bgr", white, white, weights)
+
     def log_determinant(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G"]:
         logs = self.variance.log()
         return cut(logs.expand(len(lengths), *logs.shape[-2:])[..., None], lengths)[..., 0].sum(-1)
@@ -210,6 +219,9 @@ def recurrence(
     once; then the states go from chunk to chunk.
     """
     *_, total, state = takes.shape
+    if moves.dim() == inputs.dim() and len(inputs) > 1:  # one matrix for all rows: their columns stand side by side
+        columns = inputs.permute(1, 2, 0, 3).flatten(2)[None]
+        return recurrence(moves, takes, gives, columns)[0].unflatten(2, (len(inputs), -1)).permute(2, 0, 1, 3)
     if moves.dim() == inputs.dim() + 1 and inputs.shape[-1] < _CHUNK:  # a matrix for each column: more than the columns
         return _recurrence_by_scan(moves, takes, gives, inputs)
     chunks = -(-total // _CHUNK)
@@ -223,14 +235,15 @@ def recurrence(
     reached = reached.expand(*takes.shape[:-2], state, state + _CHUNK)
     units = torch.eye(state + _CHUNK, dtype=inputs.dtype, device=inputs.device)[state:]
     responses = []
-    for place in range(_CHUNK):
-        responses.append((gives[..., place, None, :] @ reached)[..., 0, :] + units[place])
-        reached = moves[..., place, :, :] @ reached + takes[..., place, :, None] * units[place]
+    # unbound, since the gradient of each of many slices would be as large as the whole
+    for move, take, give, unit in zip(moves.unbind(-3), takes.unbind(-2), gives.unbind(-2), units, strict=True):
+        responses.append((give[..., None, :] @ reached)[..., 0, :] + unit)
+        reached = move @ reached + take[..., :, None] * unit
     response = torch.stack(responses, -2)
     driven = reached[..., state:] @ x
     states = [torch.zeros_like(driven[..., 0, :, :])]
-    for chunk in range(chunks - 1):
-        states.append(reached[..., chunk, :, :state] @ states[-1] + driven[..., chunk, :, :])
+    for through, arrives in zip(reached[..., :state].unbind(-3)[:-1], driven.unbind(-3)[:-1], strict=True):
+        states.append(through @ states[-1] + arrives)
     begins = torch.stack(states, -3)
     outputs = response[..., state:] @ x + response[..., :state] @ begins
     return outputs.flatten(-3, -2)[..., :total, :]
