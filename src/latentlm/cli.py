@@ -261,6 +261,7 @@ def evaluate(
     from latentlm.evaluation.measure import measure
     from latentlm.evaluation.report import table
     from latentlm.training.progress import counted
+    from latentlm.training.run import training_figures
 
     console = _console()
     join()
@@ -286,6 +287,7 @@ def evaluate(
             seed=seed,
             on_progress=on_progress,
         )
+    figures |= training_figures(model)
     caption = f"{data or 'validation data of its recipe'}, seed {seed}"
     console.print(caption, markup=False, highlight=False, soft_wrap=True)
     console.print(table({Path(model).name: figures}))

@@ -283,8 +283,7 @@ def test_accumulation_is_the_whole_batch(variant):
         pytest.skip("a text's q depends on its part of the batch, as documented")
     input_ids, mask = padded(texts(4, 9), LENGTHS, "right")
     tokens = int(LatentLM.scored_tokens(input_ids, mask).sum())
-    charge = {} if variant == "langevin" else {"free_bits": 0.01}
-    model = small_variant(variant, beta=0.7, **charge).train()
+    model = small_variant(variant, free_bits=0.01, beta=0.7).train()
 
     def loss_and_gradients(parts, **options):
         model.zero_grad()

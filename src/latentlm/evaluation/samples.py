@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from latentlm.causal_lm import CausalLatentLM
+from latentlm.config import LatentLMConfig
 from latentlm.errors import InputError
 from latentlm.evaluation.batches import evaluating, synchronised
-from latentlm.latent_lm import LatentLM, LatentLMConfig
+from latentlm.latent_lm import LatentLM
 
 #: texts written together: of one size, since the tokens of a batch come from one generator
 AT_ONCE = 32

@@ -30,6 +30,18 @@ from latentlm.training.trainer import LatentTrainer
 HISTORY_FILE, ORDER_FILE = "history.json", "order.json"
 
 
+def training_figures(folder: str | Path) -> dict[str, Any]:
+    """What a run cost, by the history in its folder: seconds and scored tokens. Empty where no history can be read."""
+    try:
+        history = json.loads((Path(folder) / HISTORY_FILE).read_text(encoding="utf-8"))
+        return {
+            "training_seconds": next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None),
+            "training_tokens": int(max((entry["tokens"] for entry in history if "tokens" in entry), default=0)),
+        }
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LatentLM:
     """The recipe's model with fresh weights from the recipe's seed."""
     set_seed(recipe.training.get("seed", 0))

@@ -381,11 +381,7 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
     transformers_logging.set_verbosity_error()
     if not (folder / training_run.HISTORY_FILE).exists():
         training_run.train(load_recipe(run.recipe, run.overrides), folder, resume=True, replace=True)
-    history = json.loads((folder / training_run.HISTORY_FILE).read_text(encoding="utf-8"))
-    trained = {
-        "training_seconds": next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None),
-        "training_tokens": int(max((entry["tokens"] for entry in history if "tokens" in entry), default=0)),
-    }
+    trained = training_run.training_figures(folder)
     data: dict[int | None, Dataset] = {}  # by its limit, since reading takes as long as some scores
     for trial in trials:
         model, tokenizer = load(folder)  # again, without the last trial's changes
