@@ -37,9 +37,9 @@ class StateSpace(Algebra):
 
     def __init__(
         self,
-        transition: Float[Tensor, "*B G T S S"],
-        added: Float[Tensor, "*B G T S S"],
-        readout: Float[Tensor, "*B G T S"],
+        transition: Float[Tensor, "shared T S S"],
+        added: Float[Tensor, "shared T S S"],
+        readout: Float[Tensor, "shared T S"],
         noise: Float[Tensor, "*B G T"],
     ):
         self.readout = readout
@@ -208,9 +208,9 @@ def scan(
 
 
 def recurrence(
-    moves: Float[Tensor, "*B G T S S"],
-    takes: Float[Tensor, "*B G T S"],
-    gives: Float[Tensor, "*B G T S"],
+    moves: Float[Tensor, "*rows_of_moves T S S"],
+    takes: Float[Tensor, "*rows_of_takes T S"],
+    gives: Float[Tensor, "*rows_of_gives T S"],
     inputs: Float[Tensor, "B G T R"],
 ) -> Float[Tensor, "B G T R"]:
     """y_t = gives_t · a_t + x_t with a_(t+1) = moves_t a_t + takes_t x_t from a_0 = 0, for each column of x.
