@@ -3,16 +3,30 @@
 from latentlm.distributions.gaussian import (
     diagonal_gaussian,
     kl_per_dimension,
+    noise_shape,
     sample_from_noise,
     select_rows,
     standard_normal,
 )
+from latentlm.distributions.gaussian_process import ConditionalGaussianProcess, GaussianProcess
+from latentlm.distributions.kernels import RBF, Kernel, Matern, Periodic, RationalQuadratic
 from latentlm.distributions.noise import Stream, sequence_keys, sequence_noise
+from latentlm.distributions.trajectories import SitesPosterior, WhitenedGaussian
 
 __all__ = [
+    "RBF",
+    "ConditionalGaussianProcess",
+    "GaussianProcess",
+    "Kernel",
+    "Matern",
+    "Periodic",
+    "RationalQuadratic",
+    "SitesPosterior",
     "Stream",
+    "WhitenedGaussian",
     "diagonal_gaussian",
     "kl_per_dimension",
+    "noise_shape",
     "sample_from_noise",
     "select_rows",
     "sequence_keys",

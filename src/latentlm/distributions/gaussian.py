@@ -49,6 +49,12 @@ def _(distribution: Independent, noise: Tensor) -> Tensor:
 
 
 @singledispatch
+def noise_shape(distribution: Distribution) -> tuple[int, ...]:
+    """Of the noise that `sample_from_noise` takes for one row; the event's unless a distribution registers another."""
+    return tuple(distribution.event_shape)
+
+
+@singledispatch
 def select_rows(distribution: Distribution, rows: Bool[Tensor, " batch"]) -> Distribution:
     """The distribution of some rows of a batch; register another kind with `select_rows.register`."""
     raise TypeError(f"no way to select rows of {type(distribution).__name__} is registered with select_rows")

@@ -1,0 +1,393 @@
+"""Exact algebra of the covariance Σ = K + diag(noise) of a Gaussian process on a grid of times: dense and Toeplitz.
+
+Whatever the algebra, Σ = L Lᵀ with L lower triangular, so that ε = L⁻¹ z is what z_t adds to z_<t, divided by its
+standard deviation L_tt: log p of a prefix is the sum of its own terms, and padding after it costs nothing.
+
+    B batch, G groups of dimensions that share hyperparameters, T time, R dimensions in a group
+
+Values are [B, G, T, R]; noise is [G, T], or [B, G, T] where each row has its own. Everything is float64.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from latentlm.distributions.kernels import Kernel
+
+_PIECE = 32  # steps that are taken between two products with all the past
+
+
+class NotPositiveError(Exception):
+    """A covariance that is not positive definite in float64."""
+
+
+class Algebra:
+    """What a Gaussian process asks of its covariance."""
+
+    def whiten(self, values: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
+        """L⁻¹ z."""
+        raise NotImplementedError
+
+    def color(self, noise: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
+        """L ε."""
+        raise NotImplementedError
+
+    def solve(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G T R"]:
+        """Σ⁻¹ z of each row's first `length` times; 0 after them."""
+        raise NotImplementedError
+
+    def precision_diagonal(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G T"]:
+        """The diagonal of the inverse of Σ's leading block of each length; 0 after it.
+
+        With noise of each row's own there must be a length for each row.
+        """
+        raise NotImplementedError
+
+    def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
+        """Rows of 1 and minus the best linear forecast of z_t from z_<t, and what it misses by, a few times at once."""
+        raise NotImplementedError
+
+    def steps(
+        self, noise: Iterable[Float[Tensor, "B G R"]], prefix: Float[Tensor, "B G begun R"]
+    ) -> Iterator[Float[Tensor, "B G R"]]:
+        """z_t given z_<t, one after another: L ε for the same noise."""
+        values, source, t = prefix, iter(noise), 0
+        for rows, scale in self.forecasts():
+            begin, number = t, rows.shape[1]
+            t += number
+            if values.shape[2] >= t:
+                continue
+            missed = rows[:, :, :begin] @ values[:, :, :begin]
+            within = [values[:, :, place] for place in range(begin, values.shape[2])]
+            for place in range(len(within), number):
+                expected = -missed[:, :, place]
+                if place:
+                    part = torch.stack(within, 2)
+                    expected = expected - (rows[:, place, None, begin : begin + place] @ part)[:, :, 0]
+                drawn = next(source, None)
+                if drawn is None:
+                    return
+                within.append(expected + scale[:, place, None] * drawn)
+                yield within[-1]
+            values = torch.cat((values[:, :, :begin], torch.stack(within, 2)), 2)
+
+    def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
+        """zᵀ Σ⁻¹ z of each row's first `length` times."""
+        squares = self.whiten(cut(values, lengths)).square()
+        return cut(squares, lengths).sum(-2)
+
+    def log_determinant(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G"]:
+        """log |Σ| of the leading block of each length; see `precision_diagonal`."""
+        raise NotImplementedError
+
+
+class Dense(Algebra):
+    """One Cholesky factor for many right-hand sides: any times, O(T³) once and O(T²) for each of B · G · R."""
+
+    def __init__(self, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "*B G T"]):
+        covariance = of_groups(kernel(times[:, None] - times[None, :]), noise.shape[-2])
+        self.factor, info = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise))
+        if not bool((info == 0).all() & self.factor.isfinite().all()):
+            raise NotPositiveError
+
+    def whiten(self, values: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
+        return self._of_columns(torch.linalg.solve_triangular, values)
+
+    def color(self, noise: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
+        return self._of_columns(lambda factor, columns, upper: factor @ columns, noise)
+
+    def solve(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G T R"]:
+        # L⁻ᵀ of the leading block is the leading block of L⁻ᵀ: what stands after a row's end is put to 0 in between
+        white = cut(self.whiten(cut(values, lengths)), lengths)
+        return self._of_columns(
+            lambda factor, columns, upper: torch.linalg.solve_triangular(factor.mT, columns, upper=True), white
+        )
+
+    def log_determinant(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G"]:
+        log_scale = self.factor.diagonal(dim1=-2, dim2=-1).log()
+        return 2 * cut(log_scale.expand(len(lengths), -1, -1)[..., None], lengths)[..., 0].sum(-1)
+
+    def precision_diagonal(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G T"]:
+        one = torch.eye(self.factor.shape[-1], dtype=torch.float64, device=self.factor.device)
+        until = torch.linalg.solve_triangular(self.factor, one, upper=False).square().cumsum(-2)
+        last = (lengths - 1).clamp_min(0)
+        rows = until[torch.arange(len(lengths)), :, last] if until.dim() == 4 else until[:, last].transpose(0, 1)
+        return rows * (lengths > 0)[:, None, None]
+
+    def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
+        one = torch.eye(self.factor.shape[-1], dtype=torch.float64, device=self.factor.device)
+        inverse = torch.linalg.solve_triangular(self.factor, one, upper=False)
+        scale = self.factor.diagonal(dim1=-2, dim2=-1)
+        for begin in range(0, len(one), _PIECE):
+            end = min(begin + _PIECE, len(one))
+            yield inverse[..., begin:end, :end] * scale[..., begin:end, None], scale[..., begin:end]
+
+    def _of_columns(self, function: Any, values: Tensor) -> Tensor:
+        """A function of the factor and columns, with all rows' columns side by side where they share the factor."""
+        if self.factor.dim() == 4:
+            return function(self.factor, values, upper=False)
+        columns = values.permute(1, 2, 0, 3).flatten(2)
+        return function(self.factor, columns, upper=False).unflatten(2, (len(values), -1)).permute(2, 0, 1, 3)
+
+
+class Toeplitz(Algebra):
+    """A stationary kernel on a regular grid with one noise: O(T²) once, no matrix of T × T.
+
+    Durbin's recursion gives the best linear forecast of z_t from z_<t for each t; the last forecast is, but for its
+    scale, the first column of Σ⁻¹, which holds all of Σ⁻¹ (Gohberg and Semencul), so that Σ⁻¹ z is a few products of
+    Fourier transforms, O(T log T). Golub and Van Loan 2013, "Matrix Computations", section 4.7. The gradients are
+    closed forms of the same kind: nothing is kept of the recursion.
+    """
+
+    def __init__(self, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "G T"]):
+        covariance = kernel(times - times[0])
+        at_zero = torch.nn.functional.pad(noise[:, :1], (0, len(times) - 1))
+        self.covariance = covariance + at_zero
+        self._inverses: dict[int, tuple[Tensor, Tensor]] = {}
+        self._inverses_at(torch.tensor([len(times)]))  # to see at once whether it is positive definite
+
+    def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
+        inverses = self._inverses_at(lengths)
+        order = torch.cat([(lengths == length).nonzero()[:, 0] for length in (0, *inverses)])
+        quadratics = [values.new_zeros(int((lengths == 0).sum()), values.shape[1], values.shape[-1])]
+        for length, (column, _) in inverses.items():
+            columns = values[lengths == length][:, :, :length].transpose(-1, -2)
+            quadratics.append(_Quadratic.apply(self.covariance, column.detach(), columns))
+        return torch.cat(quadratics)[order.argsort()]
+
+    def solve(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G T R"]:
+        values = cut(values, lengths)
+        solution = torch.zeros_like(values)
+        for length, (column, _) in self._inverses_at(lengths).items():
+            rows = (lengths == length).nonzero()[:, 0]
+            part = _inverse_times(column, values[rows][:, :, :length].transpose(-1, -2)).transpose(-1, -2)
+            padding = len(self.covariance[0]) - length
+            solution = solution.index_copy(0, rows, torch.nn.functional.pad(part, (0, 0, 0, padding)))
+        return solution
+
+    def precision_diagonal(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G T"]:
+        total = self.covariance.shape[-1]
+        diagonals = {
+            length: torch.nn.functional.pad(_inverse_diagonal(column), (0, total - length))
+            for length, (column, _) in self._inverses_at(lengths).items()
+        }
+        nothing = torch.zeros_like(self.covariance)
+        return torch.stack([diagonals.get(int(length), nothing) for length in lengths])
+
+    def whiten(self, values: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
+        return self._along(values, whitens=True)
+
+    def color(self, noise: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
+        return self._along(noise, whitens=False)
+
+    def log_determinant(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G"]:
+        inverses, nothing = self._inverses_at(lengths), torch.zeros_like(self.covariance[:, 0])
+        return torch.stack([inverses[int(length)][1] if length else nothing for length in lengths])
+
+    def _inverses_at(self, lengths: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+        """The first column [G, length] of the inverse of each leading block, and its log |Σ| [G]."""
+        asked = {int(length) for length in lengths.unique()} - {0}
+        if wanted := tuple(sorted(asked - self._inverses.keys())):
+            columns, log_determinants = _Inverses.apply(self.covariance, wanted)
+            for length, column, log_determinant in zip(wanted, columns, log_determinants, strict=True):
+                self._inverses[length] = column[:, :length], log_determinant
+        return {length: self._inverses[length] for length in asked}
+
+    def _along(self, inputs: Tensor, *, whitens: bool) -> Tensor:
+        """z from ε or ε from z, in √T pieces. With gradients a piece's forecasts are made again backwards."""
+        total = inputs.shape[-2]
+        size = max(int(total**0.5), 16)
+        forecast, variance = self._first_forecast()
+        values, outputs = inputs if whitens else inputs[:, :, :0], []
+        for begin in range(0, total, size):
+            number = min(size, total - begin)
+            arguments = (self.covariance, forecast, variance, values, inputs[:, :, begin : begin + number], whitens)
+            piece, forecast, variance = (
+                checkpoint(_along_piece, begin, *arguments, use_reentrant=False)
+                if torch.is_grad_enabled()
+                else _along_piece(begin, *arguments)
+            )
+            outputs.append(piece)
+            if not whitens:
+                values = torch.cat((values, piece), -2)
+        return torch.cat(outputs, -2)
+
+    def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
+        total = self.covariance.shape[-1]
+        size = max(int(total**0.5), 16)
+        forecast, variance = self._first_forecast()
+        for begin in range(0, total, size):
+            number = min(size, total - begin)
+            rows, variances, forecast, variance = _forecast_rows(self.covariance, forecast, variance, begin, number)
+            yield rows, variances.sqrt()
+
+    def _first_forecast(self) -> tuple[Tensor, Tensor]:
+        return (self.covariance * 0).index_fill(1, torch.zeros(1).long(), 1.0), self.covariance[:, 0]
+
+
+def _forecast_rows(
+    covariance: Tensor, forecast: Tensor, variance: Tensor, begin: int, number: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Steps of Durbin's recursion: rows [G, number, begin + number] of 1 and minus the best forecast, and variances.
+
+    A forecast is kept as (1, f_1 … f_t, 0 …) [G, T], with z_t ≈ −Σ_j f_j z_(t−j).
+    """
+    total, rows, variances = covariance.shape[-1], [], []
+    for t in range(begin, begin + number):
+        reached = forecast[:, : t + 1]
+        rows.append(torch.nn.functional.pad(reached.flip(-1), (0, begin + number - t - 1)))
+        variances.append(variance)
+        if t + 1 < total:
+            reflection = -(reached * covariance[:, 1 : t + 2].flip(-1)).sum(-1) / variance
+            backwards = torch.nn.functional.pad(reached.flip(-1), (1, total - t - 2))
+            forecast, variance = forecast + reflection[:, None] * backwards, variance * (1 - reflection.square())
+    return torch.stack(rows, 1), torch.stack(variances, 1), forecast, variance
+
+
+def _along_piece(
+    begin: int, covariance: Tensor, forecast: Tensor, variance: Tensor, values: Tensor, given: Tensor, whitens: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    number = given.shape[-2]
+    rows, variances, forecast, variance = _forecast_rows(covariance, forecast, variance, begin, number)
+    scale = variances.sqrt()[:, :, None]
+    missed = rows[:, :, :begin] @ values[:, :, :begin]
+    if whitens:
+        return (missed + rows[:, :, begin:] @ given) / scale, forecast, variance
+    target = scale * given - missed
+    triangle = rows[:, :, begin:].expand(len(target), -1, -1, -1)
+    return torch.linalg.solve_triangular(triangle, target, upper=False, unitriangular=True), forecast, variance
+
+
+class _Inverses(torch.autograd.Function):
+    """Of the leading blocks of a Toeplitz matrix given by its column: the inverse's first column, and log |Σ|.
+
+    x = Σ⁻¹ e_0, so dx = −Σ⁻¹ dΣ x; and d log|Σ| = tr(Σ⁻¹ dΣ). The derivative in the k-th entry of Σ's column is the
+    sum along the k-th diagonals of the matrix that stands before dΣ.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        groups, total = covariance.shape
+        columns = covariance.new_zeros(len(lengths), groups, total)
+        log_determinants = covariance.new_empty(len(lengths), groups)
+        variances = torch.empty_like(covariance)
+        forecast, scratch = torch.zeros_like(covariance), torch.empty_like(covariance)
+        forecast[:, 0], variance = 1.0, covariance[:, 0].clone()
+        for t in range(lengths[-1]):
+            variances[:, t] = variance
+            reached = forecast[:, : t + 1]
+            if t + 1 in lengths:
+                place = lengths.index(t + 1)
+                columns[place, :, : t + 1] = reached / variance[:, None]
+                log_determinants[place] = variances[:, : t + 1].log().sum(-1)
+            if t + 1 < lengths[-1]:
+                reflection = (reached * covariance[:, 1 : t + 2].flip(-1)).sum(-1) / -variance
+                torch.mul(reached.flip(-1), reflection[:, None], out=scratch[:, : t + 1])
+                forecast[:, 1 : t + 2] += scratch[:, : t + 1]
+                variance = variance * (1 - reflection.square())
+        if not bool((variances[:, : lengths[-1]] > 0).all()):  # a NaN is not above 0, either
+            raise NotPositiveError
+        ctx.save_for_backward(columns)
+        ctx.lengths = lengths
+        return columns, log_determinants
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (columns,) = ctx.saved_tensors
+        gradient = torch.zeros_like(columns[0])
+        for length, column, of_column, of_log_determinant in zip(ctx.lengths, columns, *gradients, strict=True):
+            x = column[:, :length]
+            against = _inverse_times(x, of_column[:, None, :length])[:, 0]
+            gradient[:, :length] += of_log_determinant[:, None] * _inverse_diagonal_sums(x)
+            gradient[:, :length] -= _products_at_lags(against, x)
+        return gradient, None
+
+
+class _Quadratic(torch.autograd.Function):
+    """vᵀ Σ⁻¹ v of columns [B, G, R, T]; with u = Σ⁻¹ v its gradient is 2 u in v and −u uᵀ in Σ."""
+
+    @staticmethod
+    def forward(ctx: Any, covariance: Tensor, x: Tensor, values: Tensor) -> Tensor:
+        solved = _inverse_times(x, values)
+        ctx.save_for_backward(solved)
+        ctx.total = covariance.shape[-1]
+        return (values * solved).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        (solved,) = ctx.saved_tensors
+        gradient, length = gradients[0][..., None], solved.shape[-1]
+        power = torch.fft.rfft(solved, n=2 * length)
+        power = ((power.real.square() + power.imag.square()) * gradient).sum((0, 2))
+        at_lags = torch.fft.irfft(power, n=2 * length)[:, :length]
+        of_covariance = -torch.cat((at_lags[:, :1], 2 * at_lags[:, 1:]), -1)
+        padding = (0, ctx.total - length)
+        return torch.nn.functional.pad(of_covariance, padding), None, 2 * gradient * solved
+
+
+# Gohberg and Semencul: with x the first column of Σ⁻¹ and y = (0, x_(n−1), …, x_1),
+# Σ⁻¹ = (L(x) L(x)ᵀ − L(y) L(y)ᵀ) / x_0, where L(v) is lower triangular and Toeplitz with first column v.
+
+
+def _with_its_other(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x[..., 1:].flip(-1), (1, 0))
+
+
+def _inverse_times(x: Float[Tensor, "G T"], values: Float[Tensor, "*B G R T"]) -> Float[Tensor, "*B G R T"]:
+    """Σ⁻¹ v for columns v, which lie in the last dimension here."""
+    length = x.shape[-1]
+    size = 2 * length
+    v = torch.fft.rfft(values, n=size)
+    total: Tensor | float = 0.0
+    for vector, sign in ((x, 1.0), (_with_its_other(x), -1.0)):
+        spectrum = torch.fft.rfft(vector, n=size)[:, None]
+        # Lᵀ v looks ahead, and what reaches beyond the end is cut before L
+        ahead = torch.fft.irfft(v * spectrum.conj(), n=size)[..., :length]
+        total = total + sign * torch.fft.rfft(ahead, n=size) * spectrum
+    assert isinstance(total, Tensor)
+    return torch.fft.irfft(total, n=size)[..., :length] / x[:, :1, None]
+
+
+def _inverse_diagonal(x: Float[Tensor, "G T"]) -> Float[Tensor, "G T"]:
+    return (x.square() - _with_its_other(x).square()).cumsum(-1) / x[:, :1]
+
+
+def _inverse_diagonal_sums(x: Float[Tensor, "G T"]) -> Float[Tensor, "G T"]:
+    """tr(Σ⁻¹ dΣ) by each entry of Σ's column: the main diagonal of Σ⁻¹ summed, then twice each one beside it."""
+    length = x.shape[-1]
+    lags = torch.arange(length, dtype=x.dtype, device=x.device)
+    total: Tensor | float = 0.0
+    for vector, sign in ((x, 1.0), (_with_its_other(x), -1.0)):
+        # entry (i, i+k) of L(v) L(v)ᵀ is Σ_(m ≤ i) v_m v_(m+k), so the product at m counts n − k − m times
+        at_lags = _correlation(vector, vector)
+        total = total + sign * ((length - lags) * at_lags - _correlation(lags * vector, vector))
+    assert isinstance(total, Tensor)
+    return torch.cat((total[:, :1], 2 * total[:, 1:]), -1) / x[:, :1]
+
+
+def _products_at_lags(a: Float[Tensor, "G T"], b: Float[Tensor, "G T"]) -> Float[Tensor, "G T"]:
+    """aᵀ dΣ b by each entry of Σ's column."""
+    both = _correlation(a, b) + _correlation(b, a)
+    return torch.cat((both[:, :1] / 2, both[:, 1:]), -1)
+
+
+def _correlation(a: Float[Tensor, "G T"], b: Float[Tensor, "G T"]) -> Float[Tensor, "G T"]:
+    """Σ_m a_m b_(m+k) for k = 0 … T − 1."""
+    length = a.shape[-1]
+    product = torch.fft.rfft(a, n=2 * length).conj() * torch.fft.rfft(b, n=2 * length)
+    return torch.fft.irfft(product, n=2 * length)[..., :length]
+
+
+def cut(values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G T R"]:
+    """Values with 0 after each row's end."""
+    real = torch.arange(values.shape[-2], device=values.device) < lengths[:, None]
+    return values.masked_fill(~real[:, None, :, None], 0.0)
+
+
+def of_groups(values: Float[Tensor, "G *shape"], groups: int) -> Float[Tensor, "groups *shape"]:
+    """What groups of dimensions share, for so many finer groups; left to broadcasting where there is one for all."""
+    return values if len(values) in (1, groups) else values.repeat_interleave(groups // len(values), 0)
