@@ -55,25 +55,29 @@ class Algebra:
         self, noise: Iterable[Float[Tensor, "B G R"]], prefix: Float[Tensor, "B G begun R"]
     ) -> Iterator[Float[Tensor, "B G R"]]:
         """z_t given z_<t, one after another: L ε for the same noise."""
-        values, source, t = prefix, iter(noise), 0
-        for rows, scale in self.forecasts():
-            begin, number = t, rows.shape[1]
+        # times first, so that the past of all rows is one matrix: [G, T, B, R]
+        past = prefix.permute(1, 2, 0, 3)
+        rows_shape, source, t = past.shape[2:], iter(noise), 0
+        for forecasts, scales in self.forecasts():
+            begin, number = t, forecasts.shape[1]
             t += number
-            if values.shape[2] >= t:
+            known = past.shape[1]
+            if known >= t:
                 continue
-            missed = rows[:, :, :begin] @ values[:, :, :begin]
-            within = [values[:, :, place] for place in range(begin, values.shape[2])]
-            for place in range(len(within), number):
-                expected = -missed[:, :, place]
-                if place:
-                    part = torch.stack(within, 2)
-                    expected = expected - (rows[:, place, None, begin : begin + place] @ part)[:, :, 0]
+            piece = past.new_zeros(len(past), number, rows_shape.numel())
+            piece[:, : known - begin] = past[:, begin:].flatten(2)
+            missed = forecasts[:, :, :begin] @ past[:, :begin].flatten(2)
+            within = forecasts[:, :, begin:]
+            for place in range(known - begin, number):
                 drawn = next(source, None)
                 if drawn is None:
                     return
-                within.append(expected + scale[:, place, None] * drawn)
-                yield within[-1]
-            values = torch.cat((values[:, :, :begin], torch.stack(within, 2)), 2)
+                value = scales[:, place, None] * drawn.transpose(0, 1).flatten(1) - missed[:, place]
+                if place:
+                    value -= (within[:, place, None, :place] @ piece[:, :place])[:, 0]
+                piece[:, place] = value
+                yield value.unflatten(1, rows_shape).transpose(0, 1)
+            past = torch.cat((past[:, :begin], piece.unflatten(2, rows_shape)), 1)
 
     def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
         """zᵀ Σ⁻¹ z of each row's first `length` times."""

@@ -161,10 +161,11 @@ class GaussianProcess(Distribution):
         rows, lengths, _ = self._rows(value)
         return self._shaped(cut(self.algebra.whiten(cut(rows, lengths)), lengths), value)
 
+    @torch.no_grad()
     def steps(
         self, noise: Iterable[Float[Tensor, "batch dim"]], prefix: Float[Tensor, "batch begun dim"]
     ) -> Iterator[Float[Tensor, "batch dim"]]:
-        """z_t given z_<t, one time after another (SEQ): the trajectory of `color` for the same noise.
+        """z_t given z_<t, one time after another (SEQ): the trajectory of `color` for the same noise. No gradients.
 
         Args:
             noise: standard normal, for the times after the prefix; ends early if it does.
