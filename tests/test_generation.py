@@ -570,7 +570,7 @@ def test_counts_below_one(model, changes):
 
 
 def test_a_prompt_longer_than_the_context(model):
-    with pytest.raises(InputError, match=r"text of 39 tokens .* context of 32"):
+    with pytest.raises(InputError, match=r"prompt of 39 tokens .* context of 32"):
         model.generate(texts(1, 40), max_new_tokens=1)
 
 

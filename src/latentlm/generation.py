@@ -72,7 +72,7 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
         if input_ids is None:
             rows = (self.rows_of(condition) or 1) if latents is None else len(latents)
             input_ids = torch.full((rows, 1), self._bos(), device=self.device)
-        self.check_text(input_ids, attention_mask)
+        self.check_text(input_ids, attention_mask, within_context=False)  # below, with what is to be written
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         input_ids, attention_mask = _padded_left(input_ids, attention_mask)

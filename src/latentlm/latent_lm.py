@@ -314,7 +314,14 @@ class LatentLM(PreTrainedModel):
             ]
         )
 
-    def check_text(self, input_ids: Tensor, attention_mask: Tensor | None, name: str = "input_ids") -> None:
+    def check_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        name: str = "input_ids",
+        *,
+        within_context: bool = True,
+    ) -> None:
         """Raises InputError unless these are texts [batch, time] of the vocabulary and within the model's context.
 
         Whether a token is one of the vocabulary is asked on a CPU alone: elsewhere it would wait for the device.
@@ -325,7 +332,7 @@ class LatentLM(PreTrainedModel):
             shapes = f"{list(attention_mask.shape)}, and its {name} {list(input_ids.shape)}"
             raise InputError(f"attention_mask has the shape {shapes}: give both the same.")
         longest, tokens = getattr(self.config, "max_position_embeddings", None), input_ids.shape[1] - 1
-        if longest is not None and tokens > longest:
+        if within_context and longest is not None and tokens > longest:
             tokens = tokens if attention_mask is None else int(attention_mask.sum(1).max()) - 1
             if tokens > longest:
                 raise InputError(f"a text of {tokens} tokens exceeds the model's context of {longest}: cut it.")
