@@ -8,7 +8,8 @@ standard deviation L_tt: log p of a prefix is the sum of its own terms, and padd
 Values are [B, G, T, R]; noise is [G, T], or [B, G, T] where each row has its own. Everything is float64.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,32 +53,27 @@ class Algebra:
         raise NotImplementedError
 
     def steps(
-        self, noise: Iterable[Float[Tensor, "B G R"]], prefix: Float[Tensor, "B G begun R"]
-    ) -> Iterator[Float[Tensor, "B G R"]]:
-        """z_t given z_<t, one after another: L ε for the same noise."""
-        # times first, so that the past of all rows is one matrix: [G, T, B, R]
-        past = prefix.permute(1, 2, 0, 3)
-        rows_shape, source, t = past.shape[2:], iter(noise), 0
+        self, noise: Float[Tensor, "G rest columns"], prefix: Float[Tensor, "G begun columns"]
+    ) -> Iterator[Float[Tensor, "G columns"]]:
+        """z_t given z_<t, one after another, for columns (rows × R) side by side: L ε for the same noise."""
+        past, t, begun = prefix, 0, prefix.shape[1]
         for forecasts, scales in self.forecasts():
             begin, number = t, forecasts.shape[1]
             t += number
-            known = past.shape[1]
-            if known >= t:
+            if past.shape[1] >= t:
                 continue
-            piece = past.new_zeros(len(past), number, rows_shape.numel())
-            piece[:, : known - begin] = past[:, begin:].flatten(2)
-            missed = forecasts[:, :, :begin] @ past[:, :begin].flatten(2)
-            within = forecasts[:, :, begin:]
-            for place in range(known - begin, number):
-                drawn = next(source, None)
-                if drawn is None:
-                    return
-                value = scales[:, place, None] * drawn.transpose(0, 1).flatten(1) - missed[:, place]
+            known = past.shape[1] - begin
+            piece = torch.cat((past[:, begin:], past.new_zeros(len(past), number - known, past.shape[2])), 1)
+            drawn = noise[:, begin + known - begun : t - begun]
+            target = scales[:, known : known + drawn.shape[1], None] * drawn
+            target -= (forecasts[:, :, :begin] @ past[:, :begin])[:, known : known + drawn.shape[1]]
+            within = forecasts[:, :, None, begin:].unbind(1)
+            for place, value in enumerate(target.unbind(1), known):
                 if place:
-                    value -= (within[:, place, None, :place] @ piece[:, :place])[:, 0]
+                    value = torch.baddbmm(value[:, None], within[place][..., :place], piece[:, :place], alpha=-1)[:, 0]
                 piece[:, place] = value
-                yield value.unflatten(1, rows_shape).transpose(0, 1)
-            past = torch.cat((past[:, :begin], piece.unflatten(2, rows_shape)), 1)
+                yield value
+            past = torch.cat((past[:, :begin], piece), 1)
 
     def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
         """zᵀ Σ⁻¹ z of each row's first `length` times."""
@@ -116,19 +112,25 @@ class Dense(Algebra):
         return 2 * cut(log_scale.expand(len(lengths), -1, -1)[..., None], lengths)[..., 0].sum(-1)
 
     def precision_diagonal(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G T"]:
-        one = torch.eye(self.factor.shape[-1], dtype=torch.float64, device=self.factor.device)
-        until = torch.linalg.solve_triangular(self.factor, one, upper=False).square().cumsum(-2)
+        until = self._inverse(self.factor).square().cumsum(-2)
         last = (lengths - 1).clamp_min(0)
         rows = until[torch.arange(len(lengths)), :, last] if until.dim() == 4 else until[:, last].transpose(0, 1)
         return rows * (lengths > 0)[:, None, None]
 
     def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
-        one = torch.eye(self.factor.shape[-1], dtype=torch.float64, device=self.factor.device)
-        inverse = torch.linalg.solve_triangular(self.factor, one, upper=False)
-        scale = self.factor.diagonal(dim1=-2, dim2=-1)
-        for begin in range(0, len(one), _PIECE):
-            end = min(begin + _PIECE, len(one))
+        inverse, scale, total = self._detached_inverse, self.factor.diagonal(dim1=-2, dim2=-1), self.factor.shape[-1]
+        for begin in range(0, total, _PIECE):
+            end = min(begin + _PIECE, total)
             yield inverse[..., begin:end, :end] * scale[..., begin:end, None], scale[..., begin:end]
+
+    @cached_property
+    def _detached_inverse(self) -> Tensor:
+        return self._inverse(self.factor.detach())
+
+    @staticmethod
+    def _inverse(factor: Tensor) -> Tensor:
+        one = torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
+        return torch.linalg.solve_triangular(factor, one, upper=False)
 
     def _of_columns(self, function: Any, values: Tensor) -> Tensor:
         """A function of the factor and columns, with all rows' columns side by side where they share the factor."""
