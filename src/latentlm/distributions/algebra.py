@@ -8,7 +8,8 @@ standard deviation L_tt: log p of a prefix is the sum of its own terms, and padd
 Values are [B, G, T, R]; noise is [G, T], or [B, G, T] where each row has its own. Everything is float64.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,28 +53,27 @@ class Algebra:
         raise NotImplementedError
 
     def steps(
-        self, noise: Iterable[Float[Tensor, "B G R"]], prefix: Float[Tensor, "B G begun R"]
-    ) -> Iterator[Float[Tensor, "B G R"]]:
-        """z_t given z_<t, one after another: L ε for the same noise."""
-        values, source, t = prefix, iter(noise), 0
-        for rows, scale in self.forecasts():
-            begin, number = t, rows.shape[1]
+        self, noise: Float[Tensor, "G rest columns"], prefix: Float[Tensor, "G begun columns"]
+    ) -> Iterator[Float[Tensor, "G columns"]]:
+        """z_t given z_<t, one after another, for columns (rows × R) side by side: L ε for the same noise."""
+        past, t, begun = prefix, 0, prefix.shape[1]
+        for forecasts, scales in self.forecasts():
+            begin, number = t, forecasts.shape[1]
             t += number
-            if values.shape[2] >= t:
+            if past.shape[1] >= t:
                 continue
-            missed = rows[:, :, :begin] @ values[:, :, :begin]
-            within = [values[:, :, place] for place in range(begin, values.shape[2])]
-            for place in range(len(within), number):
-                expected = -missed[:, :, place]
+            known = past.shape[1] - begin
+            piece = torch.cat((past[:, begin:], past.new_zeros(len(past), number - known, past.shape[2])), 1)
+            drawn = noise[:, begin + known - begun : t - begun]
+            target = scales[:, known : known + drawn.shape[1], None] * drawn
+            target -= (forecasts[:, :, :begin] @ past[:, :begin])[:, known : known + drawn.shape[1]]
+            within = forecasts[:, :, None, begin:].unbind(1)
+            for place, value in enumerate(target.unbind(1), known):
                 if place:
-                    part = torch.stack(within, 2)
-                    expected = expected - (rows[:, place, None, begin : begin + place] @ part)[:, :, 0]
-                drawn = next(source, None)
-                if drawn is None:
-                    return
-                within.append(expected + scale[:, place, None] * drawn)
-                yield within[-1]
-            values = torch.cat((values[:, :, :begin], torch.stack(within, 2)), 2)
+                    value = torch.baddbmm(value[:, None], within[place][..., :place], piece[:, :place], alpha=-1)[:, 0]
+                piece[:, place] = value
+                yield value
+            past = torch.cat((past[:, :begin], piece), 1)
 
     def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
         """zᵀ Σ⁻¹ z of each row's first `length` times."""
@@ -112,19 +112,25 @@ class Dense(Algebra):
         return 2 * cut(log_scale.expand(len(lengths), -1, -1)[..., None], lengths)[..., 0].sum(-1)
 
     def precision_diagonal(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G T"]:
-        one = torch.eye(self.factor.shape[-1], dtype=torch.float64, device=self.factor.device)
-        until = torch.linalg.solve_triangular(self.factor, one, upper=False).square().cumsum(-2)
+        until = self._inverse(self.factor).square().cumsum(-2)
         last = (lengths - 1).clamp_min(0)
         rows = until[torch.arange(len(lengths)), :, last] if until.dim() == 4 else until[:, last].transpose(0, 1)
         return rows * (lengths > 0)[:, None, None]
 
     def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
-        one = torch.eye(self.factor.shape[-1], dtype=torch.float64, device=self.factor.device)
-        inverse = torch.linalg.solve_triangular(self.factor, one, upper=False)
-        scale = self.factor.diagonal(dim1=-2, dim2=-1)
-        for begin in range(0, len(one), _PIECE):
-            end = min(begin + _PIECE, len(one))
+        inverse, scale, total = self._detached_inverse, self.factor.diagonal(dim1=-2, dim2=-1), self.factor.shape[-1]
+        for begin in range(0, total, _PIECE):
+            end = min(begin + _PIECE, total)
             yield inverse[..., begin:end, :end] * scale[..., begin:end, None], scale[..., begin:end]
+
+    @cached_property
+    def _detached_inverse(self) -> Tensor:
+        return self._inverse(self.factor.detach())
+
+    @staticmethod
+    def _inverse(factor: Tensor) -> Tensor:
+        one = torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
+        return torch.linalg.solve_triangular(factor, one, upper=False)
 
     def _of_columns(self, function: Any, values: Tensor) -> Tensor:
         """A function of the factor and columns, with all rows' columns side by side where they share the factor."""

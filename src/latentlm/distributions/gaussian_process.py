@@ -1,7 +1,7 @@
 """Gaussian processes over a latent trajectory, as distributions of torch."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -161,19 +161,20 @@ class GaussianProcess(Distribution):
         rows, lengths, _ = self._rows(value)
         return self._shaped(cut(self.algebra.whiten(cut(rows, lengths)), lengths), value)
 
+    @torch.no_grad()
     def steps(
-        self, noise: Iterable[Float[Tensor, "batch dim"]], prefix: Float[Tensor, "batch begun dim"]
+        self, noise: Float[Tensor, "batch rest dim"], prefix: Float[Tensor, "batch begun dim"] | None = None
     ) -> Iterator[Float[Tensor, "batch dim"]]:
-        """z_t given z_<t, one time after another (SEQ): the trajectory of `color` for the same noise.
+        """z_t given z_<t, one time after another (SEQ): the trajectory of `color` for the same noise. No gradients.
 
         Args:
             noise: standard normal, for the times after the prefix; ends early if it does.
-            prefix: the first times of each row; [batch, 0, dim] for none.
+            prefix: the first times of each row; None for none.
         """
-        begun = self._grouped(prefix.double())
-        drawn = (x.double().unflatten(-1, (self.groups, -1)) for x in noise)
-        for value in self.algebra.steps(drawn, begun):
-            yield value.flatten(-2).to(prefix.dtype)
+        begun = noise[:, :0] if prefix is None else prefix
+        columns = (self._grouped(x.double()).permute(1, 2, 0, 3).flatten(2) for x in (noise, begun))
+        for value in self.algebra.steps(*columns):
+            yield value.view(self.groups, len(noise), -1).transpose(0, 1).flatten(1).to(noise.dtype)
 
     def conditional(self, prefix: Float[Tensor, "batch begun dim"]) -> "ConditionalGaussianProcess":
         """The process at the times after a prefix, given its values there."""

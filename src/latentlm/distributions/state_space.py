@@ -13,7 +13,7 @@ O(log T) parallel steps (Särkkä and García-Fernández 2021, arXiv 1905.13002)
     B batch, G groups of dimensions that share hyperparameters, T time, R dimensions in a group, S state
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float, Int64
@@ -102,17 +102,18 @@ class StateSpace(Algebra):
         return recurrence(self.onwards, self.gain, self.readout, noise * self.variance.sqrt()[..., None])
 
     def steps(
-        self, noise: Iterable[Float[Tensor, "B G R"]], prefix: Float[Tensor, "B G begun R"]
-    ) -> Iterator[Float[Tensor, "B G R"]]:
-        begun = prefix.shape[2]
-        state = prefix.new_zeros(len(prefix), prefix.shape[1], self.readout.shape[-1], prefix.shape[-1])
-        for t in range(begun):
-            state = self.closed[..., t, :, :] @ state + self.gain[..., t, :, None] * prefix[:, :, t, None]
-        scale = self.variance.sqrt()
-        for t, drawn in zip(range(begun, self.variance.shape[-1]), noise, strict=False):
-            innovation = scale[..., t, None] * drawn
-            yield (self.readout[..., t, None, :] @ state)[..., 0, :] + innovation
-            state = self.onwards[..., t, :, :] @ state + self.gain[..., t, :, None] * innovation[..., None, :]
+        self, noise: Float[Tensor, "G rest columns"], prefix: Float[Tensor, "G begun columns"]
+    ) -> Iterator[Float[Tensor, "G columns"]]:
+        begun = prefix.shape[1]
+        state = prefix.new_zeros(len(prefix), self.readout.shape[-1], prefix.shape[-1])
+        closed, onwards = self.closed.unbind(-3), self.onwards.unbind(-3)
+        gains, readouts = self.gain[..., None].unbind(-3), self.readout[..., None, :].unbind(-3)
+        for t, value in enumerate(prefix[:, :, None].unbind(1)):
+            state = closed[t] @ state + gains[t] * value
+        innovations = self.variance.sqrt()[:, begun : begun + noise.shape[1], None] * noise
+        for t, innovation in enumerate(innovations[:, :, None].unbind(1), begun):
+            yield torch.baddbmm(innovation, readouts[t].expand(len(state), -1, -1), state)[:, 0]
+            state = torch.baddbmm(gains[t] * innovation, onwards[t].expand(len(state), -1, -1), state)
 
     def solve(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G T R"]:
         # Σ⁻¹ = L⁻ᵀ L⁻¹, and L⁻ᵀ is L⁻¹ run backwards (de Jong 1989, "Smoothing and interpolation with the state-space
