@@ -28,6 +28,17 @@ def test_a_file_has_a_line_for_each_tenth(tmp_path):
     assert re.search(r"ELBO \d+\.\d+ nats/token, KL \d+\.\d+ nats/sequence, [\d,]+ tokens/s", lines[-1])
 
 
+@pytest.mark.parametrize("family, figure", [("ltm", "ELBO"), ("autoregressive", "NLL")])
+def test_figures_stand_at_their_own_step(tmp_path, family, figure):
+    out = console(terminal=False)
+    overrides = ("training.max_steps=20", "training.logging_steps=4")
+    done = run(tmp_path / "run", *overrides, family=family, callbacks=[ProgressLine(out, "training")])
+    logged = {entry["step"]: entry["elbo_nll_per_token"] for entry in done.history if "elbo_nll_per_token" in entry}
+    lines = out.file.getvalue().splitlines()
+    assert f"; {figure} {logged[20]:.3f} nats/token" in lines[-1]
+    assert f"step 18 of 20; at step 16 {figure} {logged[16]:.3f} nats/token" in lines[-2]
+
+
 def test_a_terminal_has_one_line_that_ends(tmp_path):
     out = console(terminal=True)
     run(tmp_path / "run", callbacks=[ProgressLine(out, "training")])

@@ -56,11 +56,13 @@ class ProgressLine(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if logs and "nll_per_token" in logs:
-            self.figures = (
-                f"ELBO {logs['elbo_nll_per_token']:.3f} nats/token, KL {logs['kl_per_sequence']:.2f} nats/sequence"
-                if "elbo_nll_per_token" in logs
-                else f"NLL under sampled z {logs['nll_per_token']:.3f} nats/token"
-            )
+            if getattr(kwargs.get("model"), "exact", False):
+                self.figures = f"NLL {logs['nll_per_token']:.3f} nats/token"
+            elif "elbo_nll_per_token" in logs:
+                kl = f"KL {logs['kl_per_sequence']:.2f} nats/sequence"
+                self.figures = f"ELBO {logs['elbo_nll_per_token']:.3f} nats/token, {kl}"
+            else:
+                self.figures = f"NLL under sampled z {logs['nll_per_token']:.3f} nats/token"
             if "tokens_per_second" in logs:
                 self.figures += f", {logs['tokens_per_second']:,.0f} tokens/s"
             self.figures_step = state.global_step
