@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -278,28 +279,30 @@ class _Inverses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, covariance: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         groups, total = covariance.shape
-        columns = covariance.new_zeros(len(lengths), groups, total)
-        log_determinants = covariance.new_empty(len(lengths), groups)
-        variances = torch.empty_like(covariance)
-        forecast, scratch = torch.zeros_like(covariance), torch.empty_like(covariance)
-        forecast[:, 0], variance = 1.0, covariance[:, 0].clone()
+        columns = np.zeros((len(lengths), groups, total))
+        log_determinants = np.empty((len(lengths), groups))
+        # so many small steps one after another are numpy's on any device: a step of torch costs five times as much
+        given = covariance.detach().cpu().numpy()
+        backwards = np.ascontiguousarray(given[:, ::-1])
+        forecast, variance, log_determinant = np.zeros_like(given), given[:, 0].copy(), np.zeros(groups)
+        forecast[:, 0] = 1.0
         for t in range(lengths[-1]):
-            variances[:, t] = variance
+            if not (variance > 0).all():  # a NaN is not above 0, either
+                raise NotPositiveError
+            log_determinant += np.log(variance)
             reached = forecast[:, : t + 1]
             if t + 1 in lengths:
                 place = lengths.index(t + 1)
                 columns[place, :, : t + 1] = reached / variance[:, None]
-                log_determinants[place] = variances[:, : t + 1].log().sum(-1)
+                log_determinants[place] = log_determinant
             if t + 1 < lengths[-1]:
-                reflection = (reached * covariance[:, 1 : t + 2].flip(-1)).sum(-1) / -variance
-                torch.mul(reached.flip(-1), reflection[:, None], out=scratch[:, : t + 1])
-                forecast[:, 1 : t + 2] += scratch[:, : t + 1]
-                variance = variance * (1 - reflection.square())
-        if not bool((variances[:, : lengths[-1]] > 0).all()):  # a NaN is not above 0, either
-            raise NotPositiveError
-        ctx.save_for_backward(columns)
+                reflection = (reached * backwards[:, total - t - 2 : total - 1]).sum(-1) / -variance
+                forecast[:, 1 : t + 2] += reflection[:, None] * reached[:, ::-1]
+                variance = variance * (1 - reflection**2)
+        found = torch.from_numpy(columns).to(covariance.device)
+        ctx.save_for_backward(found)
         ctx.lengths = lengths
-        return columns, log_determinants
+        return found, torch.from_numpy(log_determinants).to(covariance.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
