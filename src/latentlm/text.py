@@ -175,17 +175,18 @@ def write(
     rows = model.generate(**given, **options)
     skip = given["input_ids"].shape[1] if given else 1
     per_prompt = len(rows) // max(len(prompts), 1)
+    known = [ids[mask.bool()][1:].tolist() for ids, mask in zip(*given.values(), strict=True)] if given else []
     texts = []
     for index, row in enumerate(rows.tolist()):
         new = row[skip:]
         if tokenizer.eos_token_id in new:
             new = new[: new.index(tokenizer.eos_token_id)]
-        texts.append(_continued(tokenizer, prompts[index // per_prompt], new) if prompts else tokenizer.decode(new))
+        place = index // per_prompt
+        texts.append(_continued(tokenizer, prompts[place], known[place], new) if prompts else tokenizer.decode(new))
     return texts
 
 
-def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, new: list[int]) -> str:
+def _continued(tokenizer: PreTrainedTokenizerBase, prompt: str, known: list[int], new: list[int]) -> str:
     """A prompt as it was given and what follows, which begins with white space where the tokenizer says so."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    before, whole = str(tokenizer.decode(ids)), str(tokenizer.decode(ids + new))
+    before, whole = str(tokenizer.decode(known)), str(tokenizer.decode(known + new))
     return prompt + (whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(new)))

@@ -205,6 +205,13 @@ class VariationalLM(LatentLM):
             raise InputError(f"{name} changes nothing where inference is {where}.")
         super().change_inference(**changes)
 
+    def check_latent_shape(self, latents: Tensor) -> None:
+        """Raises InputError unless latents are [batch, *latent_shape]."""
+        if tuple(latents.shape[1:]) != self.latent_shape:
+            raise InputError(
+                f"latents [batch, …] of shape {list(latents.shape)} must end in {list(self.latent_shape)}."
+            )
+
     def _start(self, input_ids: Tensor, attention_mask: Tensor | None, condition: Any) -> tuple[Tensor, Tensor]:
         """μ and log σ² at which gradient steps begin, or which an encoder gives."""
         config = self.config

@@ -206,12 +206,9 @@ class Toeplitz(Algebra):
 
     def _along(self, inputs: Tensor, *, whitens: bool) -> Tensor:
         """z from ε or ε from z, in √T pieces. With gradients a piece's forecasts are made again backwards."""
-        total = inputs.shape[-2]
-        size = max(int(total**0.5), 16)
         forecast, variance = self._first_forecast()
         values, outputs = inputs if whitens else inputs[:, :, :0], []
-        for begin in range(0, total, size):
-            number = min(size, total - begin)
+        for begin, number in self._pieces():
             arguments = (self.covariance, forecast, variance, values, inputs[:, :, begin : begin + number], whitens)
             piece, forecast, variance = (
                 checkpoint(_along_piece, begin, *arguments, use_reentrant=False)
@@ -224,16 +221,21 @@ class Toeplitz(Algebra):
         return torch.cat(outputs, -2)
 
     def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
-        total = self.covariance.shape[-1]
-        size = max(int(total**0.5), 16)
         forecast, variance = self._first_forecast()
-        for begin in range(0, total, size):
-            number = min(size, total - begin)
+        for begin, number in self._pieces():
             rows, variances, forecast, variance = _forecast_rows(self.covariance, forecast, variance, begin, number)
             yield rows, variances.sqrt()
 
     def _first_forecast(self) -> tuple[Tensor, Tensor]:
-        return (self.covariance * 0).index_fill(1, torch.zeros(1).long(), 1.0), self.covariance[:, 0]
+        first = self.covariance[:, 0]
+        return torch.nn.functional.pad(torch.ones_like(first)[:, None], (0, self.covariance.shape[-1] - 1)), first
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """Where each of about √T pieces begins, and how many times it has."""
+        total = self.covariance.shape[-1]
+        size = max(int(total**0.5), 16)
+        for begin in range(0, total, size):
+            yield begin, min(size, total - begin)
 
 
 def _forecast_rows(

@@ -94,14 +94,14 @@ class GaussianProcess(Distribution):
     def log_prob(self, value: Float[Tensor, "*samples T dim"]) -> Float[Tensor, "*samples"]:
         rows, lengths, leading = self._rows(value)
         quadratic = self.algebra.quadratic(rows, lengths).sum((-1, -2))
-        normaliser = self._of_lengths(self.algebra.log_determinant, lengths).sum(-1) * (self.dim // self.groups)
-        total = quadratic + normaliser + lengths.double() * (self.dim * _LOG_2PI)
+        total = quadratic + self._log_determinants(lengths) + lengths.double() * (self.dim * _LOG_2PI)
         return (-0.5 * total).view(leading).to(value.dtype)
 
     def entropy(self) -> Float[Tensor, "*B"]:
         lengths = self._lengths()
-        determinants = self._of_lengths(self.algebra.log_determinant, lengths).sum(-1) * (self.dim // self.groups)
-        return (0.5 * (determinants + lengths.double() * (self.dim * (1 + _LOG_2PI)))).view(self.batch_shape)
+        return (0.5 * (self._log_determinants(lengths) + lengths.double() * (self.dim * (1 + _LOG_2PI)))).view(
+            self.batch_shape
+        )
 
     def rsample(self, sample_shape: Any = ()) -> Float[Tensor, "*samples T dim"]:
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -111,8 +111,7 @@ class GaussianProcess(Distribution):
         batch_shape = torch.Size(batch_shape)
         if len(batch_shape) != 1:
             raise InputError(f"a Gaussian process has one batch dimension, not {list(batch_shape)}.")
-        lengths = self._lengths() if self.lengths is None else self.lengths
-        return self.with_lengths(lengths.expand(batch_shape))
+        return self.with_lengths(self._lengths().expand(batch_shape))
 
     # ---- what a process has beside ---------------------------------------------------------------------------------
 
@@ -131,11 +130,11 @@ class GaussianProcess(Distribution):
     def with_noise(self, noise: Float[Tensor, "*B groups T"]) -> Algebra:
         """The algebra of K + diag(noise), with a little more noise where float64 needs it."""
         size = of_groups(self.kernel.variance(), noise.shape[-2])[:, None]
-        regular = noise.dim() == 2
+        shared = noise.dim() == 2
         for jitter in _JITTERS:
             try:
                 total = noise + jitter * size
-                if self.algebra_name == "toeplitz" and regular:
+                if self.algebra_name == "toeplitz" and shared:
                     return Toeplitz(self.kernel, self.times, total)
                 if self.algebra_name == "state_space":
                     return StateSpace.of_kernel(self.kernel, self.times, total)
@@ -181,7 +180,7 @@ class GaussianProcess(Distribution):
         return ConditionalGaussianProcess(self, prefix)
 
     def with_lengths(self, lengths: Int64[Tensor, " B"]) -> "GaussianProcess":
-        """The same process for rows of other lengths; the factorisation is shared."""
+        """The same process for rows of other lengths; a factorisation that is made already is shared."""
         other = GaussianProcess(
             self.kernel, self.times, self.dim, self.nugget, self.algebra_name, lengths=lengths, inducing=self.inducing
         )
@@ -193,8 +192,11 @@ class GaussianProcess(Distribution):
 
     def log_determinant(self) -> Float[Tensor, "*B"]:
         """log |Σ| of all dimensions of a row."""
-        each = self._of_lengths(self.algebra.log_determinant, self._lengths())
-        return (each.expand(-1, self.groups).sum(-1) * (self.dim // self.groups)).view(self.batch_shape)
+        return self._log_determinants(self._lengths()).view(self.batch_shape)
+
+    def _log_determinants(self, lengths: Int64[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        each = self._of_lengths(self.algebra.log_determinant, lengths)
+        return each.sum(-1) * (self.dim // self.groups)
 
     # ---- layout: [*samples, B, T, dim] outside, [rows, G, T, R] inside ---------------------------------------------
 
@@ -238,7 +240,8 @@ class ConditionalGaussianProcess(Distribution):
     has_rsample = True
 
     def __init__(self, process: GaussianProcess, prefix: Float[Tensor, "batch begun dim"]):
-        self.process, self.prefix = process.with_lengths(process._lengths().expand(len(prefix))), prefix
+        process.algebra  # noqa: B018  made once, for all prefixes of a process
+        self.process, self.prefix = process.with_lengths(process.row_lengths(len(prefix))), prefix
         self.begun = prefix.shape[1]
         rest = len(process.times) - self.begun
         # the noise that made the prefix is known, and what comes after is made by fresh noise
@@ -277,7 +280,7 @@ def _(distribution: ConditionalGaussianProcess, noise: Tensor) -> Tensor:
 
 @select_rows.register
 def _(distribution: GaussianProcess, rows: Tensor) -> GaussianProcess:
-    return distribution.with_lengths(distribution._lengths().expand(len(rows))[rows])
+    return distribution.with_lengths(distribution.row_lengths(len(rows))[rows])
 
 
 @register_kl(Independent, GaussianProcess)

@@ -155,7 +155,8 @@ class WhitenedGaussian(Distribution):
 
     def kl(self) -> Float[Tensor, "batch dim"]:
         """KL(q ‖ p) of each dimension, in nats."""
-        said = kl_per_dimension(self.white, standard_normal(self.batch_shape[0], tuple(self.event_shape)))
+        prior = standard_normal(self.batch_shape[0], tuple(self.event_shape), self.white.mean.device)
+        said = kl_per_dimension(self.white, prior)
         return cut(said[:, None], self.prior.row_lengths(self.batch_shape[0])).sum((1, 2))
 
 

@@ -154,10 +154,7 @@ class GPTVAE(CausalLatentLM, VariationalLM):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
-        if tuple(latents.shape[1:]) != self.latent_shape:
-            raise InputError(
-                f"latents [batch, …] of shape {list(latents.shape)} must end in {list(self.latent_shape)}."
-            )
+        self.check_latent_shape(latents)
         number = self.config.latent_tokens
         seen = 0 if past_key_values is None else past_key_values.get_seq_length()  # z's tokens among them
         x = self.embedded(input_ids)

@@ -27,7 +27,6 @@ from latentlm.distributions import (
     sequence_noise,
     standard_normal,
 )
-from latentlm.errors import InputError
 from latentlm.layers import AttentionPooling, BidirectionalEncoder, TransformerBlock, rotation
 from latentlm.objective import elbo
 from latentlm.variational import VariationalConfig, VariationalLM
@@ -210,10 +209,7 @@ class LTM(CausalLatentLM, VariationalLM):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
-        if tuple(latents.shape[1:]) != self.latent_shape:
-            raise InputError(
-                f"latents [batch, …] of shape {list(latents.shape)} must end in {list(self.latent_shape)}."
-            )
+        self.check_latent_shape(latents)
         x = self.embedded(input_ids)
         mask = self._mask(x, attention_mask, past_key_values)
         if position_ids is None:

@@ -20,7 +20,7 @@ from latentlm.text import write
 from latentlm.training.collapse import CollapseMonitor
 from latentlm.training.progress import ProgressLine, counted
 from latentlm.training.recipe import Recipe, parse_recipe
-from latentlm.training.run import train
+from latentlm.training.run import train, training_figures
 
 FAMILIES = ("ltm", "autoregressive")
 # own text comes in no known unit, so it is packed; the sizes keep the run's time
@@ -66,8 +66,8 @@ def quickstart(output: Path, *, data: str | None = None, seed: int = 0, console:
         models[name].to(trained.device)
         with counted(console, f"evaluating {name}") as on_progress:
             figures[name] = evaluate(models[name], corpus.validation, on_progress=on_progress)
-        tokens = max(entry.get("tokens", 0) for entry in history)
-        figures[name] |= {"training_tokens": int(tokens), "training_tokens_per_second": tokens / seconds}
+        tokens = training_figures(output / name)["training_tokens"]
+        figures[name] |= {"training_tokens": tokens, "training_tokens_per_second": tokens / seconds}
         histories[name] = history
     samples = _samples(models, tokenizer, prompts)
     write_whole(output / "figures.json", json.dumps(figures, indent=1))
