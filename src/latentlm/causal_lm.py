@@ -1,7 +1,5 @@
 """What the families with an autoregressive decoder share: scoring in one pass, cached steps of generation."""
 
-import math
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,84 +9,27 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from latentlm.config import LatentLMConfig
+from latentlm.config import TransformerConfig
 from latentlm.distributions import Stream, sequence_keys, sequence_noise
-from latentlm.errors import InputError, shown
+from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
 from latentlm.latent_lm import LatentLMOutput
 from latentlm.layers import self_cache, token_log_likelihood
 
-# a slip of the hand; a billion layers would be built one by one before memory runs out
-_LARGEST_COUNT = 2**24
-_MOST_REPEATED = 10_000  # layers, steps
-_LARGEST_NUMBER = 1e30  # beyond it float32 overflows
-
 
 @strict
-class CausalConfig(LatentLMConfig):
-    """Fields of a Transformer decoder. Names follow transformers.
+class CausalConfig(TransformerConfig):
+    """Fields of an autoregressive Transformer decoder; `sliding_window` and `word_dropout` are this decoder's.
 
     Args:
-        intermediate_size: width of the gated feed-forward layer; by default 8/3 of hidden_size, up to a multiple of 32.
-        max_position_embeddings: the longest text, T, in tokens after BOS.
-        sliding_window: tokens that self-attention sees, itself included; None for all.
-        dropout: on attention weights and on what each sub-layer adds; training only.
         word_dropout: share of the tokens after BOS that the decoder does not see as input (their embedding is 0) while
             training, so that it has to ask z (Bowman et al. 2016, arXiv 1511.06349, section 3.1, where they become
             UNK). Inference sees all of them.
     """
 
-    hidden_size: int = 512
-    num_hidden_layers: int = 3
-    num_attention_heads: int = 8
-    intermediate_size: int | None = None
-    max_position_embeddings: int = 1024
     sliding_window: int | None = 256
-    dropout: float | int = 0.0
-    word_dropout: float | int = 0.0
-    rope_theta: float | int = 10000.0
-    rms_norm_eps: float | int = 1e-6
-    initializer_range: float | int = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.intermediate_size is None:
-            self.intermediate_size = 32 * -(-8 * self.hidden_size // (3 * 32))
-        super().__post_init__(**kwargs)
-
-    def validate_architecture(self) -> None:
-        """Part of the validation of `@strict`."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "max_position_embeddings",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for f in fields(self):
-            value = getattr(self, f.name)
-            most = _LARGEST_NUMBER if "float" in str(f.type) else _LARGEST_COUNT
-            most = _MOST_REPEATED if f.name.endswith(("_layers", "_steps")) else most
-            if isinstance(value, int | float) and most < value < math.inf and not f.name.endswith("_token_id"):
-                raise ValueError(f"{f.name} must be at most {most}, not {shown(value)}")
-        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
-        if self.hidden_size % (2 * self.num_attention_heads):
-            raise ValueError(
-                f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
-                f"({self.num_attention_heads}), since rotary positions turn pairs of numbers of each head"
-            )
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(f"sliding_window must be at least 1, or null for none, not {self.sliding_window}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
-        if not 0 <= self.word_dropout <= 1:
-            raise ValueError(f"word_dropout must be between 0 and 1, not {self.word_dropout}")
 
 
 class CausalLatentLM(GeneratesFromLatents):

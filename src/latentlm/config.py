@@ -1,4 +1,4 @@
-"""The config that every family's begins with: what training charges for the KL, and how it changes."""
+"""The configs that every family's begins with: what training charges for the KL, and a Transformer's fields."""
 
 import difflib
 import math
@@ -11,6 +11,10 @@ from transformers import PreTrainedConfig
 from latentlm.errors import InputError, shown
 
 _MOST_CYCLES = 10_000
+# a slip of the hand; a billion layers would be built one by one before memory runs out
+_LARGEST_COUNT = 2**24
+_MOST_REPEATED = 10_000  # layers, steps
+_LARGEST_NUMBER = 1e30  # beyond it float32 overflows
 # what transformers itself hands to a configuration beside the fields
 _TRANSFORMERS_KEYS = {
     "_attn_implementation_internal",
@@ -101,3 +105,66 @@ class LatentLMConfig(PreTrainedConfig):
             raise ValueError("free_bits and kl_threshold are two charges for the KL: give one of them")
         if not 0 <= self.latent_dropout < 1:
             raise ValueError(f"latent_dropout must be in [0, 1), not {self.latent_dropout}")
+
+
+@strict
+class TransformerConfig(LatentLMConfig):
+    """Fields of a Transformer. Names follow transformers.
+
+    Args:
+        intermediate_size: width of the gated feed-forward layer; by default 8/3 of hidden_size, up to a multiple of 32.
+        max_position_embeddings: the longest text, T, in tokens after BOS.
+        sliding_window: tokens that self-attention sees, itself included; None for all.
+        dropout: on attention weights and on what each sub-layer adds; training only.
+        word_dropout: share of the tokens after BOS whose embedding is 0 while training; see the family.
+    """
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 8
+    intermediate_size: int | None = None
+    max_position_embeddings: int = 1024
+    sliding_window: int | None = None
+    dropout: float | int = 0.0
+    word_dropout: float | int = 0.0
+    rope_theta: float | int = 10000.0
+    rms_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.intermediate_size is None:
+            self.intermediate_size = 32 * -(-8 * self.hidden_size // (3 * 32))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Part of the validation of `@strict`."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            most = _LARGEST_NUMBER if "float" in str(f.type) else _LARGEST_COUNT
+            most = _MOST_REPEATED if f.name.endswith(("_layers", "_steps")) else most
+            if isinstance(value, int | float) and most < value < math.inf and not f.name.endswith("_token_id"):
+                raise ValueError(f"{f.name} must be at most {most}, not {shown(value)}")
+        for name in ("rope_theta", "rms_norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of twice num_attention_heads "
+                f"({self.num_attention_heads}), since rotary positions turn pairs of numbers of each head"
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window must be at least 1, or null for none, not {self.sliding_window}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {self.dropout}")
+        if not 0 <= self.word_dropout <= 1:
+            raise ValueError(f"word_dropout must be between 0 and 1, not {self.word_dropout}")

@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from latentlm.config import LatentLMConfig
-from latentlm.distributions import Stream, kl_per_dimension, sample_from_noise, sequence_keys, sequence_noise
+from latentlm.distributions import (
+    Stream,
+    diagonal_gaussian,
+    kl_per_dimension,
+    noise_shape,
+    sample_from_noise,
+    sequence_keys,
+    sequence_noise,
+)
 from latentlm.errors import InputError, one_sentence
 from latentlm.files import write_checksums
 from latentlm.objective import elbo, free_bits, kl_distance
@@ -83,6 +91,8 @@ class LatentLM(PreTrainedModel):
     exact = False
     #: number of event dimensions of a latent
     latent_dims = 1
+    #: whether a latent has a part for each scored token, so that its shape depends on the text's length
+    latent_per_token = False
 
     def __init__(self, config: LatentLMConfig):
         super().__init__(config)
@@ -215,12 +225,16 @@ class LatentLM(PreTrainedModel):
         keys = sequence_keys(input_ids, attention_mask)
         kept = self._keeps_latent(keys, seed)
         if posterior is not None:
-            noise = sequence_noise(keys, tuple(posterior.event_shape), seed=seed, stream=Stream.SCORE)
+            noise = sequence_noise(keys, noise_shape(posterior), seed=seed, stream=Stream.SCORE)
             latents = sample_from_noise(posterior, noise)
             kl = kl_divergence(posterior, prior)
         assert latents is not None
         decoded = latents if kept is None else latents * kept.view(-1, *[1] * self.latent_dims)
-        log_likelihood = self.log_likelihood(decoded, input_ids, attention_mask, condition).sum(-1)
+        if self.training:
+            of_tokens, beside = self.likelihood_for_training(decoded, input_ids, attention_mask, condition)
+        else:
+            of_tokens, beside = self.log_likelihood(decoded, input_ids, attention_mask, condition), None
+        log_likelihood = of_tokens.sum(-1)
         if kl is None:
             log_prior = prior.log_prob(latents)
             bound = log_likelihood + _gradient_alone(log_prior if kept is None else log_prior * kept)
@@ -231,6 +245,8 @@ class LatentLM(PreTrainedModel):
             bound = elbo(log_likelihood, kl)
         if inference.loss is not None:
             bound = bound - _gradient_alone(inference.loss if kept is None else inference.loss * kept)
+        if beside is not None:
+            bound = bound - _gradient_alone(beside)
         denominator = scored.sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return LatentLMOutput(
             loss=-bound.sum() / denominator,
@@ -260,6 +276,36 @@ class LatentLM(PreTrainedModel):
     ) -> TrainingInference:
         """What the weights are trained on: `infer`, unless a family has a sampler or an inference model with a loss."""
         return TrainingInference(self.infer(input_ids, attention_mask, condition, seed=seed))
+
+    def likelihood_for_training(
+        self,
+        latents: Float[Tensor, "batch *event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+    ) -> tuple[Float[Tensor, "batch scored"], Float[Tensor, " batch"] | None]:
+        """`log_likelihood`, and what a family's training charges beside the ELBO, in nats per sequence.
+
+        The second moves the weights by its gradient, and its value stays out of the loss; None for nothing.
+        """
+        return self.log_likelihood(latents, input_ids, attention_mask, condition), None
+
+    def posterior(
+        self, mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"], prior: Distribution
+    ) -> Distribution:
+        """q of μ and log σ²: the diagonal Gaussian, unless a family has them for numbers other than z's own."""
+        return diagonal_gaussian(mean, log_variance)
+
+    def going_on(self, posterior: Distribution, lengths: Int64[Tensor, " batch"], longer: Distribution) -> Distribution:
+        """What q(z | prompt) says of the latents of a text that goes on.
+
+        A latent of the whole text is that of what follows, too; a latent for each token is continued by the prior.
+
+        Args:
+            posterior: of the prompts, which have so many scored tokens.
+            longer: the prior of the texts as they will be.
+        """
+        return posterior
 
     def change_inference(self, **changes: Any) -> None:
         """Sets fields of the config that say how q is found and change no weight: those named inference….
@@ -306,7 +352,7 @@ class LatentLM(PreTrainedModel):
         self, distribution: Distribution, keys: Int64[Tensor, " batch"], samples: int, *, seed: int, stream: Stream
     ) -> Float[Tensor, "samples batch *event"]:
         """`samples` latents of each row of a distribution, by noise that belongs to the rows' keys."""
-        shape = tuple(distribution.event_shape)
+        shape = noise_shape(distribution)
         return torch.stack(
             [
                 sample_from_noise(distribution, sequence_noise(keys, shape, seed=seed, stream=stream, step=step))

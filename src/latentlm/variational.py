@@ -1,4 +1,4 @@
-"""Families whose q(z | x) is a diagonal Gaussian: read off an encoder, found by gradient steps, or both.
+"""Families whose q(z | x) is made of a μ and a σ² for each number: by an encoder, by gradient steps, or both.
 
 amortised     (μ, log σ²) = encoder(x)
 gradient      T steps of ascent on x's own ELBO in (μ, log σ²)    Kong et al. 2025, arXiv 2502.01567, Algorithm 1
@@ -13,10 +13,9 @@ import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from latentlm.config import LatentLMConfig
-from latentlm.distributions import diagonal_gaussian
 from latentlm.errors import InputError
 from latentlm.inference import infer_by_gradient, langevin
 from latentlm.latent_lm import LatentLM, TrainingInference
@@ -90,7 +89,7 @@ class VariationalConfig(LatentLMConfig):
 
 
 class VariationalLM(LatentLM):
-    """A latent language model with a diagonal Gaussian q.
+    """A latent language model with a q of μ and σ²: a diagonal Gaussian, or what its `posterior` makes of them.
 
     A family calls `add_inference` with its encoder when its other layers are there, and says in `encode` what that
     encoder reads.
@@ -137,11 +136,11 @@ class VariationalLM(LatentLM):
         condition: Any = None,
         *,
         seed: int = 0,
-    ) -> Independent:
+    ) -> Distribution:
         self.check_text(input_ids, attention_mask)
         start = self._start(input_ids, attention_mask, condition)
         if self.config.inference == "amortised":
-            return diagonal_gaussian(*start)
+            return self.posterior(*start, self._prior_of(input_ids, attention_mask, condition))
         return self._refine(start, input_ids, attention_mask, condition, seed=seed)
 
     def infer_for_training(
@@ -179,7 +178,8 @@ class VariationalLM(LatentLM):
         # the first step has the gradient of the encoder's own ELBO in its (μ, log σ²): the chain rule does the rest, so
         # the encoder learns from its ELBO without another pass of the decoder
         own_bound = sum((part * gradient).flatten(1).sum(1) for part, gradient in zip(start, at_start[0], strict=True))
-        return TrainingInference(posterior, loss=kl_divergence(posterior, diagonal_gaussian(*start)) - own_bound)
+        of_encoder = self.posterior(*start, self._prior_of(input_ids, attention_mask, condition))
+        return TrainingInference(posterior, loss=kl_divergence(posterior, of_encoder) - own_bound)
 
     def change_inference(self, **changes: Any) -> None:
         """As `LatentLM.change_inference`; `inference_lr` alone holds from then on, whatever training's schedule was.
@@ -218,14 +218,21 @@ class VariationalLM(LatentLM):
         if config.has_encoder:
             mean, log_variance = self.encode(input_ids, attention_mask, condition)
             return (self.encoder_norm(mean) if config.encoder_batch_norm is not None else mean), log_variance
-        shape = (len(input_ids), *self.latent_shape)
+        prior = self._prior_of(input_ids, attention_mask, condition)
+        shape = (len(input_ids), *prior.event_shape)
         if config.inference_start == "learned":
             return self.start_mean.expand(shape), self.start_log_variance.expand(shape)
         if config.inference_start == "fixed":
             zeros = torch.zeros(shape, device=self.device)
             return zeros, zeros + config.inference_start_log_variance
-        prior = self.prior(len(input_ids), self.scored_tokens(input_ids, attention_mask).sum(1), condition)
+        return self.prior_moments(prior)
+
+    def prior_moments(self, prior: Distribution) -> tuple[Float[Tensor, "batch *event"], Float[Tensor, "batch *event"]]:
+        """The μ and log σ² of which `posterior` makes the prior, or what of it they can say; without gradients."""
         return prior.mean.detach(), prior.variance.detach().log()
+
+    def _prior_of(self, input_ids: Tensor, attention_mask: Tensor | None, condition: Any) -> Distribution:
+        return self.prior(len(input_ids), self.scored_tokens(input_ids, attention_mask).sum(1), condition)
 
     def _refine(
         self,
@@ -237,7 +244,7 @@ class VariationalLM(LatentLM):
         seed: int,
         on_step: Any = None,
         renew_noise: bool = True,
-    ) -> Independent:
+    ) -> Distribution:
         objective: dict[str, Any] = {}
         if self.training:
             objective = {"beta": self.beta, "charge": self.kl_charge}

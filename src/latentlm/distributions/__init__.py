@@ -9,13 +9,20 @@ from latentlm.distributions.gaussian import (
     standard_normal,
 )
 from latentlm.distributions.gaussian_process import ConditionalGaussianProcess, GaussianProcess
-from latentlm.distributions.kernels import RBF, Kernel, Matern, Periodic, RationalQuadratic
+from latentlm.distributions.kernels import RBF, Kernel, Matern, Periodic, RationalQuadratic, White
 from latentlm.distributions.noise import Stream, sequence_keys, sequence_noise
-from latentlm.distributions.trajectories import SitesPosterior, WhitenedGaussian
+from latentlm.distributions.trajectories import (
+    ContinuedTrajectory,
+    DiagonalTrajectory,
+    SitesPosterior,
+    WhitenedGaussian,
+)
 
 __all__ = [
     "RBF",
     "ConditionalGaussianProcess",
+    "ContinuedTrajectory",
+    "DiagonalTrajectory",
     "GaussianProcess",
     "Kernel",
     "Matern",
@@ -23,6 +30,7 @@ __all__ = [
     "RationalQuadratic",
     "SitesPosterior",
     "Stream",
+    "White",
     "WhitenedGaussian",
     "diagonal_gaussian",
     "kl_per_dimension",

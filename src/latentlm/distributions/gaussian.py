@@ -68,8 +68,12 @@ def _(distribution: Independent, rows: Tensor) -> Independent:
     return Independent(Normal(base.loc[rows], base.scale[rows]), distribution.reinterpreted_batch_ndims)
 
 
-def kl_per_dimension(posterior: Distribution, prior: Distribution) -> Float[Tensor, "batch *event"]:
-    """KL(posterior ‖ prior) in nats for each latent dimension; both must factorise over dimensions."""
+@singledispatch
+def kl_per_dimension(posterior: Distribution, prior: Distribution) -> Float[Tensor, "batch *dimensions"]:
+    """KL(posterior ‖ prior) in nats for each latent dimension; both must factorise over dimensions.
+
+    A trajectory's dimensions have a KL each, over all of its times; register another kind with its `register`.
+    """
     if not (isinstance(posterior, Independent) and isinstance(prior, Independent)):
         raise TypeError(
             "a KL per dimension needs a posterior and a prior that factorise over dimensions, "

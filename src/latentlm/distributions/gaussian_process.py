@@ -88,7 +88,7 @@ class GaussianProcess(Distribution):
 
     @property
     def variance(self) -> Float[Tensor, "*B T dim"]:
-        of_groups = (self.kernel.variance() + self.nugget).expand(self.groups)
+        of_groups = (self.kernel.variance().to(self.nugget.device) + self.nugget).expand(self.groups)
         return of_groups.repeat_interleave(self.dim // self.groups).expand(*self.batch_shape, *self.event_shape)
 
     def log_prob(self, value: Float[Tensor, "*samples T dim"]) -> Float[Tensor, "*samples"]:
@@ -129,7 +129,7 @@ class GaussianProcess(Distribution):
 
     def with_noise(self, noise: Float[Tensor, "*B groups T"]) -> Algebra:
         """The algebra of K + diag(noise), with a little more noise where float64 needs it."""
-        size = of_groups(self.kernel.variance(), noise.shape[-2])[:, None]
+        size = of_groups(self.kernel.variance().to(noise.device), noise.shape[-2])[:, None]
         shared = noise.dim() == 2
         for jitter in _JITTERS:
             try:

@@ -24,7 +24,9 @@ Positive = float | int | Sequence[float] | Tensor
 
 def log_parameter(name: str, value: Positive) -> nn.Parameter:
     """The logarithm of a positive number, or of one for each group, as a parameter of shape [groups]."""
-    value = torch.as_tensor(value, dtype=torch.float64).detach().reshape(-1)
+    # on the CPU also where weights are made on the meta device, to be counted or loaded
+    device = value.device if isinstance(value, Tensor) else "cpu"
+    value = torch.as_tensor(value, dtype=torch.float64, device=device).detach().reshape(-1)
     if not value.numel() or not bool(((value > 0) & (value < math.inf)).all()):
         raise InputError(f"{name} must be a finite number above 0, or a list of such, not {value.tolist()}.")
     return nn.Parameter(value.log().to(torch.get_default_dtype()))
@@ -76,6 +78,16 @@ class Kernel(nn.Module):
 
     def __mul__(self, other: "Kernel") -> "Product":
         return Product(self, other)
+
+
+class White(Kernel):
+    """k = 0: what varies is the process' nugget alone, so that its times are independent."""
+
+    def forward(self, lags: Float[Tensor, "*lags"]) -> Float[Tensor, "groups *lags"]:
+        return torch.zeros(1, *lags.shape, dtype=torch.float64, device=lags.device)
+
+    def variance(self) -> Float[Tensor, " groups"]:
+        return torch.zeros(1, dtype=torch.float64)
 
 
 class RBF(Kernel):

@@ -4,9 +4,9 @@ import math
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
+from torch.distributions import Distribution, Independent, constraints, kl_divergence, register_kl
 
 from latentlm.distributions.algebra import cut
 from latentlm.distributions.gaussian import (
@@ -16,10 +16,55 @@ from latentlm.distributions.gaussian import (
     select_rows,
     standard_normal,
 )
-from latentlm.distributions.gaussian_process import GaussianProcess
+from latentlm.distributions.gaussian_process import GaussianProcess, kl_of_diagonal_per_dimension
 from latentlm.errors import DivergedError
 
 _LOG_2PI = math.log(2 * math.pi)
+
+
+class DiagonalTrajectory(Distribution):
+    """q(z | x) that is diagonal over time, for rows of their own lengths.
+
+    It cannot come near a smooth process: the least KL of a diagonal q grows without bound as the prior's nugget falls.
+
+    Args:
+        prior: with a length for each row.
+        each: q of each number, batch [batch], event [T, dim].
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(self, prior: GaussianProcess, each: Independent):
+        super().__init__(each.batch_shape, prior.event_shape, validate_args=False)
+        self.prior, self.each = prior, each
+
+    @property
+    def mean(self) -> Float[Tensor, "batch T dim"]:
+        return self._real(self.each.mean)
+
+    @property
+    def variance(self) -> Float[Tensor, "batch T dim"]:
+        return self._real(self.each.variance)
+
+    def rsample(self, sample_shape: Any = ()) -> Float[Tensor, "*samples batch T dim"]:
+        return self._real(self.each.rsample(sample_shape))
+
+    def from_noise(self, noise: Float[Tensor, "*samples batch T dim"]) -> Float[Tensor, "*samples batch T dim"]:
+        return self._real(sample_from_noise(self.each, noise))
+
+    def log_prob(self, value: Float[Tensor, "*samples batch T dim"]) -> Float[Tensor, "*samples batch"]:
+        return self._real(self.each.base_dist.log_prob(value)).sum((-1, -2))
+
+    def kl(self) -> Float[Tensor, "batch dim"]:
+        """KL(q ‖ p) of each dimension, in nats."""
+        return kl_of_diagonal_per_dimension(self.each, self.prior)
+
+    def _real(self, values: Float[Tensor, "*rows T dim"]) -> Float[Tensor, "*rows T dim"]:
+        times = torch.arange(values.shape[-2], device=values.device)
+        real = times < self.prior.row_lengths(self.batch_shape[0])[:, None]
+        return values.masked_fill(~real[..., None], 0.0)
 
 
 class SitesPosterior(Distribution):
@@ -143,6 +188,16 @@ class WhitenedGaussian(Distribution):
     def mean(self) -> Float[Tensor, "batch T dim"]:
         return self.prior.color(self.white.mean)
 
+    @property
+    def variance(self) -> Float[Tensor, "batch T dim"]:
+        """Of each number: Σ_u L_tu² s_u². Takes T² numbers for each dimension."""
+        times, dim = self.event_shape
+        unit = torch.eye(times, dtype=torch.float64, device=self.white.mean.device)[..., None].expand(-1, -1, dim)
+        process = self.prior.with_lengths(self.prior.row_lengths(1).new_full((times,), times))
+        squares = process.color(unit).square()  # [u, t, dim]
+        said = torch.einsum("utd,bud->btd", squares, self.white.variance.double())
+        return cut(said[:, None], self.prior.row_lengths(len(said)))[:, 0].to(self.white.mean.dtype)
+
     def rsample(self, sample_shape: Any = ()) -> Float[Tensor, "*samples batch T dim"]:
         return self.prior.color(self.white.rsample(sample_shape))
 
@@ -160,8 +215,53 @@ class WhitenedGaussian(Distribution):
         return cut(said[:, None], self.prior.row_lengths(self.batch_shape[0])).sum((1, 2))
 
 
-@sample_from_noise.register
-def _(distribution: SitesPosterior, noise: Tensor) -> Tensor:
+class ContinuedTrajectory(Distribution):
+    """A trajectory that begins by q(z | prompt) and goes on by its prior, given how it began.
+
+    Rows may have begun for different numbers of times, and all of z is one sample: what the prior makes of the noise
+    that made the beginning, and of fresh noise after it.
+
+    Args:
+        begun: q of the first times of each row.
+        lengths: how many these are.
+        prior: of the whole trajectory.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.independent(constraints.real, 2)
+    has_rsample = True
+
+    def __init__(self, begun: Distribution, lengths: Int64[Tensor, " batch"], prior: GaussianProcess):
+        super().__init__(begun.batch_shape, prior.event_shape, validate_args=False)
+        self.begun, self.prior = begun, prior
+        self._known = (torch.arange(prior.event_shape[0], device=lengths.device) < lengths[:, None])[..., None]
+
+    @property
+    def mean(self) -> Float[Tensor, "batch T dim"]:
+        mean = self.begun.mean
+        return self._continued(mean, mean.new_zeros(*self.batch_shape, *self.event_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Float[Tensor, "*samples batch T dim"]:
+        z = self.begun.rsample(sample_shape)
+        return self._continued(z, torch.randn(*z.shape[:-2], *self.event_shape, dtype=z.dtype, device=z.device))
+
+    def from_noise(self, noise: Float[Tensor, "*samples batch T times_dim"]) -> Float[Tensor, "*samples batch T dim"]:
+        """The noise has a beginning's numbers and then a trajectory's for each time."""
+        dim, times = self.event_shape[1], self.begun.event_shape[0]
+        of_begun, rest = noise.split([noise.shape[-1] - dim, dim], -1)
+        return self._continued(sample_from_noise(self.begun, of_begun[..., :times, :]), rest)
+
+    def _continued(self, begun: Tensor, noise: Tensor) -> Tensor:
+        padding = begun.new_zeros(*begun.shape[:-2], self.event_shape[0] - begun.shape[-2], begun.shape[-1])
+        begun = torch.cat((begun, padding), -2)
+        white = torch.where(self._known, self.prior.whiten(begun.double()), noise.double())
+        return torch.where(self._known, begun, self.prior.color(white).to(begun.dtype))
+
+
+@sample_from_noise.register(SitesPosterior)
+@sample_from_noise.register(DiagonalTrajectory)
+@sample_from_noise.register(ContinuedTrajectory)
+def _(distribution: Any, noise: Tensor) -> Tensor:
     return distribution.from_noise(noise)
 
 
@@ -177,11 +277,21 @@ def _(distribution: SitesPosterior, rows: Tensor) -> SitesPosterior:
     return SitesPosterior(prior, distribution.observed[rows], distribution.log_variance[rows])
 
 
+@noise_shape.register
+def _(distribution: ContinuedTrajectory) -> tuple[int, ...]:
+    return distribution.event_shape[0], noise_shape(distribution.begun)[1] + distribution.event_shape[1]
+
+
 @select_rows.register
 def _(distribution: WhitenedGaussian, rows: Tensor) -> WhitenedGaussian:
     prior = distribution.prior.with_lengths(distribution.prior.row_lengths(len(rows))[rows])
-    base = distribution.white.base_dist
-    return WhitenedGaussian(prior, Independent(Normal(base.loc[rows], base.scale[rows]), 2))
+    return WhitenedGaussian(prior, select_rows(distribution.white, rows))
+
+
+@select_rows.register
+def _(distribution: DiagonalTrajectory, rows: Tensor) -> DiagonalTrajectory:
+    prior = distribution.prior.with_lengths(distribution.prior.row_lengths(len(rows))[rows])
+    return DiagonalTrajectory(prior, select_rows(distribution.each, rows))
 
 
 @sample_from_noise.register
@@ -191,10 +301,26 @@ def _(distribution: WhitenedGaussian, noise: Tensor) -> Tensor:
 
 @register_kl(SitesPosterior, GaussianProcess)
 @register_kl(WhitenedGaussian, GaussianProcess)
-def _(posterior: "SitesPosterior | WhitenedGaussian", prior: GaussianProcess) -> Float[Tensor, " batch"]:
-    if posterior.prior.kernel is not prior.kernel:
-        raise NotImplementedError  # as torch has it for pairs without a closed form
-    return posterior.kl().sum(-1)
+@register_kl(DiagonalTrajectory, GaussianProcess)
+def _(posterior: Any, prior: GaussianProcess) -> Float[Tensor, " batch"]:
+    return kl_per_dimension(posterior, prior).sum(-1)
+
+
+@kl_per_dimension.register(SitesPosterior)
+@kl_per_dimension.register(WhitenedGaussian)
+@kl_per_dimension.register(DiagonalTrajectory)
+def _(posterior: Any, prior: Distribution) -> Float[Tensor, "batch dim"]:
+    if not isinstance(prior, GaussianProcess) or posterior.prior.kernel is not prior.kernel:
+        raise NotImplementedError("the KL of a trajectory is to the process that it was made of")
+    return posterior.kl()
+
+
+@register_kl(WhitenedGaussian, WhitenedGaussian)
+def _(one: WhitenedGaussian, other: WhitenedGaussian) -> Float[Tensor, " batch"]:
+    if one.prior.kernel is not other.prior.kernel:
+        raise NotImplementedError("the KL of two whitened trajectories is that of the noise one process makes them of")
+    said = kl_divergence(one.white.base_dist, other.white.base_dist)
+    return cut(said[:, None], one.prior.row_lengths(one.batch_shape[0])).sum((1, 2, 3))
 
 
 def _each(values: Float[Tensor, "*rows T dim"]) -> Float[Tensor, "*rows dim T 1"]:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions import Distribution, kl_divergence
 
 from latentlm.distributions import (
     Stream,
-    diagonal_gaussian,
+    noise_shape,
     sample_from_noise,
     sequence_keys,
     sequence_noise,
@@ -72,8 +72,8 @@ def infer_by_gradient(
     charge: Callable[[Distribution, Distribution], Tensor] = kl_divergence,
     renew_noise: bool = True,
     on_step: Callable[[int, Tensor, tuple[Tensor, Tensor]], None] | None = None,
-) -> Independent:
-    """Diagonal Gaussian q(z | x) after `steps` steps of Adam on (μ, log σ²) of each row.
+) -> Distribution:
+    """q(z | x) after `steps` steps of Adam on (μ, log σ²) of each row; a diagonal Gaussian, or `model.posterior` of it.
 
     The objective is the sum over rows of each row's ELBO in nats (one sample of z a step), so no row's step depends on
     the batch it stands in. Padding costs nothing and changes nothing.
@@ -109,9 +109,9 @@ def infer_by_gradient(
         for step in range(steps):
             for parameter in parameters:
                 parameter.requires_grad_(True)
-            posterior = diagonal_gaussian(mean, log_variance)
+            posterior = model.posterior(mean, log_variance, prior)
             draw = step if renew_noise else 0
-            noise = sequence_noise(keys, tuple(mean.shape[1:]), seed=seed, stream=Stream.INFERENCE, step=draw)
+            noise = sequence_noise(keys, noise_shape(posterior), seed=seed, stream=Stream.INFERENCE, step=draw)
             latents = sample_from_noise(posterior, noise)
             log_likelihood = model.log_likelihood(latents, input_ids, attention_mask, condition)
             bound = elbo(log_likelihood.sum(-1), charge(posterior, prior), beta)
@@ -127,7 +127,9 @@ def infer_by_gradient(
     if torch.is_grad_enabled() and (start_mean.requires_grad or start_log_variance.requires_grad):
         mean = mean + (start_mean - start_mean.detach())
         log_variance = log_variance + (start_log_variance - start_log_variance.detach())
-    return diagonal_gaussian(mean, log_variance)
+    # outside of `held`, so that a prior of which q is made learns by it
+    prior = model.prior(len(input_ids), model.scored_tokens(input_ids, attention_mask).sum(1), condition)
+    return model.posterior(mean, log_variance, prior)
 
 
 def _ascend(

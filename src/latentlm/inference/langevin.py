@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from latentlm.distributions import Stream, sequence_keys, sequence_noise
+from latentlm.distributions import Stream, noise_shape, sample_from_noise, sequence_keys, sequence_noise
 from latentlm.errors import InputError
 from latentlm.inference.gradient import held
 
@@ -33,14 +33,16 @@ def langevin(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Float[Tensor, "batch *event"]:
-    """z after `steps` steps of z ← z + s ∇_z log p(x, z) + √(2 s τ) ε, ε ~ N(0, I).
+    """z(w) after `steps` steps of w ← w + s ∇_w [log p(x | z(w)) − ½ ‖w‖²] + √(2 s τ) ε, ε ~ N(0, I).
 
-    As s → 0 and steps · s → ∞ a sample of the density ∝ p(x, z)^(1/τ); the steps are not corrected for s > 0, which
-    for a Gaussian posterior of variance v leaves a variance of v / (1 − s / 2v). Rows do not touch one another.
+    w is the standard normal noise of which the prior makes z: z itself where the prior is N(0, I), and z = L w for a
+    Gaussian process, whose narrow valleys a chain in z would take thousands of steps to cross. As s → 0 and steps · s →
+    ∞ a sample of the density ∝ p(x, w)^(1/τ); the steps are not corrected for s > 0, which for a Gaussian posterior of
+    variance v leaves a variance of v / (1 − s / 2v). Rows do not touch one another.
 
     Args:
-        start: where the chains begin; by default a sample of the prior.
-        step_size: s, in squared units of z; above 2v the chain diverges.
+        start: w where the chains begin; by default a sample of the prior.
+        step_size: s, in squared units of w; above 2v the chain diverges.
         temperature: τ; 1 samples the posterior, 0 climbs to a mode.
         seed: noise is a function of (seed, sequence, step).
 
@@ -55,18 +57,19 @@ def langevin(
     with held(model):
         prior = model.prior(len(input_ids), model.scored_tokens(input_ids, attention_mask).sum(1), condition)
         keys = sequence_keys(input_ids, attention_mask)
+        shape = noise_shape(prior)
         if start is None:
-            start = model.draw_latents(prior, keys, 1, seed=seed, stream=Stream.LANGEVIN)[0]
-        latents = start.detach().float().clone()
-        shape = tuple(latents.shape[1:])
+            start = sequence_noise(keys, shape, seed=seed, stream=Stream.LANGEVIN)
+        white = start.detach().float().clone()
         for step in range(steps):
-            latents.requires_grad_(True)
+            white.requires_grad_(True)
+            latents = sample_from_noise(prior, white)
             log_likelihood = model.log_likelihood(latents, input_ids, attention_mask, condition)
-            log_joint = log_likelihood.sum() + prior.log_prob(latents).sum()
-            (gradient,) = torch.autograd.grad(log_joint, latents)
+            log_joint = log_likelihood.sum() - 0.5 * white.square().sum()
+            (gradient,) = torch.autograd.grad(log_joint, white)
             # step 0 of the stream is the start
             noise = sequence_noise(keys, shape, seed=seed, stream=Stream.LANGEVIN, step=step + 1)
-            latents = latents.detach() + step_size * gradient + math.sqrt(2 * step_size * temperature) * noise
-            if not bool(torch.isfinite(latents).all()):
+            white = white.detach() + step_size * gradient + math.sqrt(2 * step_size * temperature) * noise
+            if not bool(torch.isfinite(white).all()):
                 raise InputError(f"Langevin's chains diverged: lower the step size of {step_size}.")
-    return latents.detach()
+        return sample_from_noise(prior, white).detach()
