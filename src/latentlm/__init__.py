@@ -2,7 +2,16 @@
 
 from latentlm.config import LatentLMConfig
 from latentlm.errors import InputError
-from latentlm.families import GPTVAE, LTM, Autoregressive, AutoregressiveConfig, GPTVAEConfig, LTMConfig
+from latentlm.families import (
+    GPTVAE,
+    GPVAE,
+    LTM,
+    Autoregressive,
+    AutoregressiveConfig,
+    GPTVAEConfig,
+    GPVAEConfig,
+    LTMConfig,
+)
 from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.loading import load, save
 
@@ -10,10 +19,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GPTVAE",
+    "GPVAE",
     "LTM",
     "Autoregressive",
     "AutoregressiveConfig",
     "GPTVAEConfig",
+    "GPVAEConfig",
     "InputError",
     "LTMConfig",
     "LatentLM",

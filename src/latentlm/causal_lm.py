@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from latentlm.config import TransformerConfig
-from latentlm.distributions import Stream, sequence_keys, sequence_noise
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
 from latentlm.latent_lm import LatentLMOutput
@@ -47,7 +46,6 @@ class CausalLatentLM(GeneratesFromLatents):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["TransformerBlock"]
-    _seen: Tensor | None = None  # of a training step with word dropout
 
     def hidden_states(
         self,
@@ -134,15 +132,9 @@ class CausalLatentLM(GeneratesFromLatents):
         A step returns logits of the token after each of the last `logits_to_keep` of `input_ids` (0 for all of them).
         """
         if latents is None:
-            if seed is None:
-                seed = self._any_seed()
-            self._seen = self._seen_words(input_ids, attention_mask, seed)
-            try:
-                return super().forward(
-                    input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
-                )
-            finally:
-                self._seen = None
+            return super().forward(
+                input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
+            )
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         states = self.hidden_states(latents, input_ids, attention_mask, position_ids, past_key_values)
@@ -154,28 +146,6 @@ class CausalLatentLM(GeneratesFromLatents):
         """What the decoder reads: embeddings of tokens, less those that word dropout takes."""
         x = self.embed_tokens(input_ids)
         return x if self._seen is None or not self.training else x * self._seen[:, : x.shape[1], None]
-
-    def _seen_words(
-        self, input_ids: Tensor, attention_mask: Tensor | None, seed: int
-    ) -> Bool[Tensor, "batch time"] | None:
-        """Which tokens a training step's decoder sees; None for all. BOS is always seen."""
-        if not (self.training and self.config.word_dropout):
-            return None
-        keys, positions = sequence_keys(input_ids, attention_mask), self._positions(input_ids, attention_mask, 0)
-        noise = sequence_noise(keys, (input_ids.shape[1],), seed=seed, stream=Stream.WORD_DROPOUT)
-        dropped = torch.special.ndtr(noise.gather(1, positions.expand_as(input_ids))) < self.config.word_dropout
-        return ~dropped | (positions == 0)
-
-    @staticmethod
-    def _positions(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
-        """Positions [batch or 1, time] that count real tokens, so that padding on the left moves nothing.
-
-        Args:
-            seen: tokens before these.
-        """
-        if attention_mask is None:
-            return torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
-        return (attention_mask.cumsum(1) - 1).clamp_min(0)[:, seen : seen + input_ids.shape[1]]
 
     def _spread(self, number: int) -> Float[Tensor, "1 number"]:
         """Positions of vectors that layers attend to, evenly spaced over the context, whatever this text's length.

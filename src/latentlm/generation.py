@@ -1,4 +1,4 @@
-"""Text from latents, from a prompt, or from the prior, for every family that writes one token after another."""
+"""Text from latents, from a prompt, or from the prior: what every family needs, and writing token by token."""
 
 import math
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.distributions import Distribution
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
@@ -16,8 +17,101 @@ from latentlm.latent_lm import LatentLM
 _NEW_TOKENS = 64
 
 
-class GeneratesFromLatents(LatentLM, GenerationMixin):
-    """`generate`: infers z once, or takes it, and leaves the rest to transformers.
+class WritesText(LatentLM):
+    """What every family's `generate` does before a token is written: checks, prompts on one side, latents."""
+
+    def generate(
+        self,
+        input_ids: Int64[Tensor, "batch time"] | None = None,
+        latents: Float[Tensor, "rows *event"] | None = None,
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+        *,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Text from latents, from a prompt (z is inferred from it), or from the prior."""
+        raise NotImplementedError
+
+    def _prompts(
+        self,
+        input_ids: Tensor | None,
+        latents: Tensor | None,
+        attention_mask: Tensor | None,
+        condition: Any,
+        max_new_tokens: int | None,
+        num_return_sequences: int,
+    ) -> tuple[Int64[Tensor, "batch time"], Int64[Tensor, "batch time"], int]:
+        """Prompts with padding on the left, their mask, and how many tokens are to be written at most."""
+        if (max_new_tokens is not None and max_new_tokens < 1) or num_return_sequences < 1:
+            raise InputError("max_new_tokens and num_return_sequences must be at least 1.")
+        if latents is not None and self.rows_of(condition) is not None:
+            raise InputError("latents and a condition both say what z is: give one of them.")
+        if input_ids is None:
+            rows = (self.rows_of(condition) or 1) if latents is None else len(latents)
+            input_ids = torch.full((rows, 1), self._bos(), device=self.device)
+        self.check_text(input_ids, attention_mask, within_context=False)  # below, with what is to be written
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        input_ids, attention_mask = _padded_left(input_ids, attention_mask)
+        longest = self.config.max_position_embeddings
+        prompt_length = int(attention_mask.sum(1).max()) - 1
+        if max_new_tokens is None:
+            room = longest if latents is None or not self.latent_per_token else min(longest, latents.shape[1])
+            max_new_tokens = max(min(_NEW_TOKENS, room - prompt_length), 1)
+        if prompt_length + max_new_tokens > longest:
+            raise InputError(
+                f"a prompt of {prompt_length} tokens and {max_new_tokens} new ones exceed the model's context "
+                f"of {longest}: shorten the prompt or ask for fewer."
+            )
+        return input_ids, attention_mask, max_new_tokens
+
+    @staticmethod
+    def _one_for_each(latents: Tensor, prompts: int, draws: int) -> Float[Tensor, "rows *event"]:
+        if len(latents) == 1 < prompts:
+            latents = latents.expand(prompts, *latents.shape[1:])
+        if len(latents) != prompts * draws:
+            raise InputError(f"{len(latents)} latents do not fit {prompts} prompts: give one for each, or one.")
+        return latents
+
+    def _latents_for(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        condition: Any,
+        prior: Distribution,
+        draws: int,
+        seed: int | None,
+    ) -> Float[Tensor, "rows *event"]:
+        """`draws` latents for each prompt, rows of one prompt together; `prior` is that of the texts they become."""
+        noise_seed = int(torch.randint(2**62, ())) if seed is None else seed
+        lengths = self.scored_tokens(input_ids, attention_mask).sum(1)
+        keys = sequence_keys(input_ids, attention_mask)
+        # equal prompts in one call want different texts: the n-th of them has the n-th noise
+        keys = keys + (keys[:, None] == keys[None]).tril(-1).sum(1)
+        latents = self.draw_latents(prior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
+        prompted = (lengths > 0) | (self.rows_of(condition) is not None)
+        if bool(prompted.any()):
+            posterior = self.infer(input_ids, attention_mask, condition, seed=noise_seed)
+            posterior = self.going_on(posterior, lengths, prior)
+            inferred = self.draw_latents(posterior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
+            latents = torch.where(prompted.view(1, -1, *[1] * self.latent_dims), inferred, latents)
+        return latents.transpose(0, 1).flatten(0, 1)
+
+    def rows_of(self, condition: Any) -> int | None:
+        """For how many texts a condition says of itself what z is, so that BOS alone infers it, too; None for none."""
+        return None
+
+    def _bos(self) -> int:
+        if self.config.bos_token_id is None:
+            raise InputError("the model's config names no bos_token_id, so a text needs input_ids to start from.")
+        return self.config.bos_token_id
+
+
+class GeneratesFromLatents(WritesText, GenerationMixin):
+    """One token after another: infers z once, or takes it, and leaves the rest to transformers.
 
     A family's `forward`, given latents, returns logits and fills the cache.
     """
@@ -58,33 +152,15 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
             Token ids [batch · num_return_sequences, time] with the prompt (left-padded), or what
             `return_dict_in_generate=True` gives.
         """
-        if (max_new_tokens is not None and max_new_tokens < 1) or num_return_sequences < 1:
-            raise InputError("max_new_tokens and num_return_sequences must be at least 1.")
         if reinfer_every is not None:
             if reinfer_every < 1:
                 raise InputError(f"reinfer_every must be at least 1, not {reinfer_every}.")
             if (kwargs.get("num_beams") or 1) > 1 or kwargs.get("return_dict_in_generate"):
                 raise InputError("reinfer_every goes neither with beams nor with return_dict_in_generate.")
         if latents is not None:
-            if self.rows_of(condition) is not None:
-                raise InputError("latents and a condition both say what z is: give one of them.")
-            self.check_latents(latents, tuple(self.prior(1, max_new_tokens or 1).event_shape))
-        if input_ids is None:
-            rows = (self.rows_of(condition) or 1) if latents is None else len(latents)
-            input_ids = torch.full((rows, 1), self._bos(), device=self.device)
-        self.check_text(input_ids, attention_mask, within_context=False)  # below, with what is to be written
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        input_ids, attention_mask = _padded_left(input_ids, attention_mask)
-        longest = self.config.max_position_embeddings
-        prompt_length = int(attention_mask.sum(1).max()) - 1
-        if max_new_tokens is None:
-            max_new_tokens = max(min(_NEW_TOKENS, longest - prompt_length), 1)
-        if prompt_length + max_new_tokens > longest:
-            raise InputError(
-                f"a prompt of {prompt_length} tokens and {max_new_tokens} new ones exceed the model's context "
-                f"of {longest}: shorten the prompt or ask for fewer."
-            )
+            self.check_latents(latents, tuple(self.prior(1, 1).event_shape))
+        prompts = (input_ids, latents, attention_mask, condition, max_new_tokens, num_return_sequences)
+        input_ids, attention_mask, max_new_tokens = self._prompts(*prompts)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed % 2**63)
@@ -99,21 +175,17 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
                 raise InputError("the likeliest tokens of one latent are one text: sample, or ask for one of each.")
             if latents is None:
                 draws = num_return_sequences if beams == 1 else 1
-                latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens, draws, seed)
+                prior = self.prior(len(input_ids), max_new_tokens, condition)
+                latents = self._latents_for(input_ids, attention_mask, condition, prior, draws, seed)
             else:
                 draws = 1
-            if len(latents) == 1 < len(input_ids):
-                latents = latents.expand(len(input_ids), *latents.shape[1:])
-            if len(latents) != len(input_ids) * draws:
-                raise InputError(
-                    f"{len(latents)} latents do not fit {len(input_ids)} prompts: give one for each, or one."
-                )
+            latents = self._one_for_each(latents, len(input_ids), draws)
             if reinfer_every is not None and latents_given:
                 draws = num_return_sequences
                 latents = latents.repeat_interleave(draws, 0)
             input_ids = input_ids.repeat_interleave(draws, 0)
             attention_mask = attention_mask.repeat_interleave(draws, 0)
-            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), _Finite()])
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), FiniteScores()])
             if reinfer_every is not None:
                 return self._generate_reinferring(
                     input_ids,
@@ -155,7 +227,8 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
         text, ended = input_ids, torch.zeros(len(input_ids), dtype=torch.bool, device=self.device)
         for begin in range(0, max_new_tokens, every):
             if begin:
-                latents = self._latents_for(input_ids, attention_mask, condition, max_new_tokens - begin, 1, seed)
+                prior = self.prior(len(input_ids), max_new_tokens - begin, condition)
+                latents = self._latents_for(input_ids, attention_mask, condition, prior, 1, seed)
             new_tokens = min(every, max_new_tokens - begin)
             given = {**kwargs, "past_key_values": self.new_cache()} if kwargs.get("use_cache", True) else kwargs
             rows = super().generate(
@@ -174,41 +247,8 @@ class GeneratesFromLatents(LatentLM, GenerationMixin):
                 break
         return text
 
-    def _latents_for(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        condition: Any,
-        max_new_tokens: int,
-        draws: int,
-        seed: int | None,
-    ) -> Float[Tensor, "rows *event"]:
-        """`draws` latents for each prompt, rows of one prompt together."""
-        noise_seed = int(torch.randint(2**62, ())) if seed is None else seed
-        lengths = self.scored_tokens(input_ids, attention_mask).sum(1)
-        keys = sequence_keys(input_ids, attention_mask)
-        # equal prompts in one call want different texts: the n-th of them has the n-th noise
-        keys = keys + (keys[:, None] == keys[None]).tril(-1).sum(1)
-        prior = self.prior(len(input_ids), lengths + max_new_tokens, condition)
-        latents = self.draw_latents(prior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
-        prompted = (lengths > 0) | (self.rows_of(condition) is not None)
-        if bool(prompted.any()):
-            posterior = self.infer(input_ids, attention_mask, condition, seed=noise_seed)
-            inferred = self.draw_latents(posterior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
-            latents = torch.where(prompted.view(1, -1, *[1] * self.latent_dims), inferred, latents)
-        return latents.transpose(0, 1).flatten(0, 1)
 
-    def rows_of(self, condition: Any) -> int | None:
-        """For how many texts a condition says of itself what z is, so that BOS alone infers it, too; None for none."""
-        return None
-
-    def _bos(self) -> int:
-        if self.config.bos_token_id is None:
-            raise InputError("the model's config names no bos_token_id, so a text needs input_ids to start from.")
-        return self.config.bos_token_id
-
-
-class _Finite(LogitsProcessor):
+class FiniteScores(LogitsProcessor):
     """Stops where there is no distribution to draw from; the likeliest token of NaNs would be one, too."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -93,6 +93,7 @@ class LatentLM(PreTrainedModel):
     latent_dims = 1
     #: whether a latent has a part for each scored token, so that its shape depends on the text's length
     latent_per_token = False
+    _seen: Tensor | None = None  # what word dropout leaves of a training step's tokens
 
     def __init__(self, config: LatentLMConfig):
         super().__init__(config)
@@ -214,7 +215,21 @@ class LatentLM(PreTrainedModel):
         """
         self.check_text(input_ids, attention_mask)
         if seed is None:
-            seed = self._any_seed()
+            seed = int(torch.randint(2**62, ())) if self.training else 0
+        self._seen = self._keeps_words(input_ids, attention_mask, seed)
+        try:
+            return self._objective(input_ids, attention_mask, condition, seed, num_items_in_batch)
+        finally:
+            self._seen = None
+
+    def _objective(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        condition: Any,
+        seed: int,
+        num_items_in_batch: int | Tensor | None,
+    ) -> LatentLMOutput:
         scored = self.scored_tokens(input_ids, attention_mask)
         prior = self.prior(len(input_ids), scored.sum(1), condition)
         if self.training:
@@ -256,15 +271,35 @@ class LatentLM(PreTrainedModel):
             posterior_mean=None if posterior is None else posterior.mean,
         )
 
-    def _any_seed(self) -> int:
-        return int(torch.randint(2**62, ())) if self.training else 0
-
     def _keeps_latent(self, keys: Int64[Tensor, " batch"], seed: int) -> Bool[Tensor, " batch"] | None:
         """Which sequences are decoded with their latent; None for all of them."""
         if not (self.training and self.config.latent_dropout):
             return None
         noise = sequence_noise(keys, (1,), seed=seed, stream=Stream.LATENT_DROPOUT)[:, 0]
         return torch.special.ndtr(noise) >= self.config.latent_dropout
+
+    def _keeps_words(
+        self, input_ids: Tensor, attention_mask: Tensor | None, seed: int
+    ) -> Bool[Tensor, "batch time"] | None:
+        """Which tokens a training step sees; None for all. BOS is always seen."""
+        share = getattr(self.config, "word_dropout", 0.0)
+        if not (self.training and share):
+            return None
+        keys, positions = sequence_keys(input_ids, attention_mask), self._positions(input_ids, attention_mask, 0)
+        noise = sequence_noise(keys, (input_ids.shape[1],), seed=seed, stream=Stream.WORD_DROPOUT)
+        dropped = torch.special.ndtr(noise.gather(1, positions.expand_as(input_ids))) < share
+        return ~dropped | (positions == 0)
+
+    @staticmethod
+    def _positions(input_ids: Tensor, attention_mask: Tensor | None, seen: int) -> Tensor:
+        """Positions [batch or 1, time] that count real tokens, so that padding on the left moves nothing.
+
+        Args:
+            seen: tokens before these.
+        """
+        if attention_mask is None:
+            return torch.arange(seen, seen + input_ids.shape[1], device=input_ids.device)[None]
+        return (attention_mask.cumsum(1) - 1).clamp_min(0)[:, seen : seen + input_ids.shape[1]]
 
     def infer_for_training(
         self,

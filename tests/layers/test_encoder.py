@@ -7,12 +7,12 @@ import torch
 from tests.toy import small_config, small_model
 from torch import nn
 
-from latentlm.layers import AttentionPooling, BidirectionalEncoder
+from latentlm.layers import AttentionPooling, TransformerEncoder
 
 LENGTHS = [7, 4, 1]
 
 
-def encoder(*, layers=2, attention="sdpa", **changes) -> BidirectionalEncoder:
+def encoder(*, layers=2, attention="sdpa", **changes) -> TransformerEncoder:
     """In float64, with weights about 1/4; the config's window of 4 is the decoder's alone."""
     changes = {"inference": "amortised", "encoder_layers": layers, "attn_implementation": attention, **changes}
     return small_model("ltm", **changes).encoder.transformer.double()

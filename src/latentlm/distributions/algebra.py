@@ -89,7 +89,7 @@ class Algebra:
 class Dense(Algebra):
     """One Cholesky factor for many right-hand sides: any times, O(T³) once and O(T²) for each of B · G · R."""
 
-    def __init__(self, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "*B G T"]):
+    def __init__(self, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "G T"]):
         covariance = of_groups(kernel(times[:, None] - times[None, :]), noise.shape[-2])
         self.factor, info = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise))
         if not bool((info == 0).all() & self.factor.isfinite().all()):
@@ -115,8 +115,7 @@ class Dense(Algebra):
     def precision_diagonal(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G T"]:
         until = self._inverse(self.factor).square().cumsum(-2)
         last = (lengths - 1).clamp_min(0)
-        rows = until[torch.arange(len(lengths)), :, last] if until.dim() == 4 else until[:, last].transpose(0, 1)
-        return rows * (lengths > 0)[:, None, None]
+        return until[:, last].transpose(0, 1) * (lengths > 0)[:, None, None]
 
     def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
         inverse, scale, total = self._detached_inverse, self.factor.diagonal(dim1=-2, dim2=-1), self.factor.shape[-1]
@@ -135,8 +134,6 @@ class Dense(Algebra):
 
     def _of_columns(self, function: Any, values: Tensor) -> Tensor:
         """A function of the factor and columns, with all rows' columns side by side where they share the factor."""
-        if self.factor.dim() == 4:
-            return function(self.factor, values, upper=False)
         columns = values.permute(1, 2, 0, 3).flatten(2)
         return function(self.factor, columns, upper=False).unflatten(2, (len(values), -1)).permute(2, 0, 1, 3)
 

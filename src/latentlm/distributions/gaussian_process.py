@@ -1,5 +1,6 @@
 """Gaussian processes over a latent trajectory, as distributions of torch."""
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints, 
 from latentlm.distributions.algebra import Algebra, Dense, NotPositiveError, Toeplitz, cut, of_groups
 from latentlm.distributions.gaussian import sample_from_noise, select_rows
 from latentlm.distributions.kernels import Kernel
+from latentlm.distributions.row_algebra import DenseRows
 from latentlm.distributions.state_space import StateSpace
 from latentlm.errors import DivergedError, InputError
 
@@ -76,6 +78,7 @@ class GaussianProcess(Distribution):
         self.algebra_name = _chosen(algebra, kernel, self.times)
         self.inducing = inducing
         self._algebra: Algebra | None = None
+        self._sequential = False
         super().__init__(
             torch.Size() if lengths is None else lengths.shape, torch.Size((len(times), dim)), validate_args=False
         )
@@ -128,18 +131,23 @@ class GaussianProcess(Distribution):
         return each[:, None].expand(-1, len(self.times))
 
     def with_noise(self, noise: Float[Tensor, "*B groups T"]) -> Algebra:
-        """The algebra of K + diag(noise), with a little more noise where float64 needs it."""
+        """The algebra of K + diag(noise), with a little more noise where float64 needs it.
+
+        Noise [B, dim, T] is that of each row, of its own length, and each dimension.
+        """
         size = of_groups(self.kernel.variance().to(noise.device), noise.shape[-2])[:, None]
         shared = noise.dim() == 2
         for jitter in _JITTERS:
             try:
                 total = noise + jitter * size
-                if self.algebra_name == "toeplitz" and shared:
-                    return Toeplitz(self.kernel, self.times, total)
                 if self.algebra_name == "state_space":
                     return StateSpace.of_kernel(self.kernel, self.times, total)
                 if self.algebra_name == "inducing":
                     return StateSpace.of_inducing(self.kernel, self.times, total, self._inducing_times())
+                if not shared:
+                    return DenseRows(self.kernel, self.times, total, self.row_lengths(len(noise)))
+                if self.algebra_name == "toeplitz":
+                    return Toeplitz(self.kernel, self.times, total)
                 return Dense(self.kernel, self.times, total)
             except NotPositiveError:
                 continue
@@ -152,7 +160,11 @@ class GaussianProcess(Distribution):
 
     def color(self, noise: Float[Tensor, "*samples T dim"]) -> Float[Tensor, "*samples T dim"]:
         """L ε: the trajectory that white noise makes, each time from noise until then (PARA: all times at once)."""
-        rows, lengths, _ = self._rows(noise)
+        rows, lengths, leading = self._rows(noise)
+        if self._sequential:
+            each = noise.expand(*leading, *self.event_shape).reshape(-1, *self.event_shape)
+            path = torch.stack(list(self.steps(each)), 1) if each.shape[1] else each
+            return self._shaped(cut(self._grouped(path), lengths), noise)
         return self._shaped(cut(self.algebra.color(rows), lengths), noise)
 
     def whiten(self, value: Float[Tensor, "*samples T dim"]) -> Float[Tensor, "*samples T dim"]:
@@ -175,6 +187,12 @@ class GaussianProcess(Distribution):
         for value in self.algebra.steps(*columns):
             yield value.view(self.groups, len(noise), -1).transpose(0, 1).flatten(1).to(noise.dtype)
 
+    def sequentially(self) -> "GaussianProcess":
+        """The same process, whose samples `steps` makes: one time after another, and without gradients."""
+        other = copy.copy(self)
+        other._sequential = True
+        return other
+
     def conditional(self, prefix: Float[Tensor, "batch begun dim"]) -> "ConditionalGaussianProcess":
         """The process at the times after a prefix, given its values there."""
         return ConditionalGaussianProcess(self, prefix)
@@ -184,7 +202,7 @@ class GaussianProcess(Distribution):
         other = GaussianProcess(
             self.kernel, self.times, self.dim, self.nugget, self.algebra_name, lengths=lengths, inducing=self.inducing
         )
-        other._algebra = self._algebra
+        other._algebra, other._sequential = self._algebra, self._sequential
         return other
 
     def row_lengths(self, rows: int) -> Int64[Tensor, " rows"]:

@@ -193,7 +193,7 @@ class WhitenedGaussian(Distribution):
         """Of each number: Σ_u L_tu² s_u². Takes T² numbers for each dimension."""
         times, dim = self.event_shape
         unit = torch.eye(times, dtype=torch.float64, device=self.white.mean.device)[..., None].expand(-1, -1, dim)
-        process = self.prior.with_lengths(self.prior.row_lengths(1).new_full((times,), times))
+        process = self.prior.with_lengths(torch.full((times,), times, device=unit.device))
         squares = process.color(unit).square()  # [u, t, dim]
         said = torch.einsum("utd,bud->btd", squares, self.white.variance.double())
         return cut(said[:, None], self.prior.row_lengths(len(said)))[:, 0].to(self.white.mean.dtype)

@@ -63,7 +63,9 @@ def continuation(
                 end = min(begin + every, longest)
                 seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
                 if begin:
-                    law, keys = model.infer(seen, seen_mask, seed=seed), sequence_keys(seen, seen_mask)
+                    keys, told = sequence_keys(seen, seen_mask), attention_mask[:, : end + 1].sum(1) - 1
+                    law = model.infer(seen, seen_mask, seed=seed)
+                    law = model.going_on(law, seen_mask.sum(1) - 1, model.prior(len(input_ids), told))
                 else:  # texts that begin alike need noise of their own, or their errors would add up
                     law = model.prior(len(input_ids), attention_mask.sum(1) - 1)
                     keys = sequence_keys(input_ids, attention_mask)

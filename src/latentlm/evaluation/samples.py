@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from latentlm.causal_lm import CausalLatentLM
 from latentlm.config import LatentLMConfig
 from latentlm.errors import InputError
 from latentlm.evaluation.batches import evaluating, synchronised
+from latentlm.generation import WritesText
 from latentlm.latent_lm import LatentLM
 
 #: texts written together: of one size, since the tokens of a batch come from one generator
@@ -71,7 +71,7 @@ def prior_samples(
         `sample_entropy_nats` (mean over texts of `token_entropy`), `distinct_1` to `distinct_3`, `sample_tokens`,
         `samples` and `samples_per_second`. Tokens after the end of a text do not count.
     """
-    if not isinstance(model, CausalLatentLM):
+    if not isinstance(model, WritesText):
         raise InputError(f"a {type(model).__name__} does not write text from its prior.")
     if number < 1:
         raise InputError("number must be at least 1.")

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from latentlm.causal_lm import CausalLatentLM
 from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
 from latentlm.evaluation.batches import by_hash, evaluating
 from latentlm.evaluation.samples import AT_ONCE, distinct, end_tokens, self_bleu, until_end
+from latentlm.generation import WritesText
 from latentlm.latent_lm import LatentLM
 
 #: scored tokens of a prompt, where nothing else is asked for
@@ -72,7 +72,10 @@ def diversity(
         for first in range(0, prompts, at_once):
             some = texts[first : first + at_once]
             beginnings = _beginnings(writer, some, prompt_tokens)
-            law = writer.infer(beginnings, seed=seed) if prompt_tokens else writer.prior(len(some), new_tokens)
+            law = writer.prior(len(some), prompt_tokens + new_tokens)
+            if prompt_tokens:
+                begun = torch.full((len(some),), prompt_tokens, device=writer.device)
+                law = writer.going_on(writer.infer(beginnings, seed=seed), begun, law)
             # by the whole text: prompts that are alike have z's of their own
             keys = torch.cat([sequence_keys(text[None].to(writer.device)) for text in some])
             z = writer.draw_latents(law, keys, latents, seed=seed, stream=Stream.GENERATION).transpose(0, 1)
@@ -139,6 +142,10 @@ def style_transfer(
             beyond the context.
     """
     writer = _writer(model, prompt_tokens)
+    if writer.latent_per_token:
+        raise InputError(
+            f"a {type(model).__name__} has a latent for each token: that of a text is no style for another."
+        )
     if not writer.prior(1, 1).event_shape.numel():
         raise InputError(f"{type(model).__name__} has no latents, so none can be taken from one text to another.")
     if pairs < 1:
@@ -187,7 +194,7 @@ def token_overlap(one: Sequence[int], other: Sequence[int]) -> float:
 
 
 def _nearer(
-    model: CausalLatentLM,
+    model: WritesText,
     written: Sequence[Sequence[int]],
     bos: Int64[Tensor, "texts 1"],
     to: Float[Tensor, "texts numbers"],
@@ -207,7 +214,7 @@ def _nearer(
 
 
 def _infer(
-    model: CausalLatentLM, texts: Sequence[Int64[Tensor, " _"]], seed: int
+    model: WritesText, texts: Sequence[Int64[Tensor, " _"]], seed: int
 ) -> tuple[Float[Tensor, "texts numbers"], Float[Tensor, "texts *event"]]:
     """Of each text the mean of q(z | x), in prior standard deviations from the prior's mean, and one z."""
     input_ids = pad_sequence(list(texts), batch_first=True, padding_value=model.config.pad_token_id or 0)
@@ -221,7 +228,7 @@ def _infer(
 
 
 def _write(
-    model: CausalLatentLM,
+    model: WritesText,
     prompts: Int64[Tensor, "rows time"],
     latents: Float[Tensor, "rows *event"],
     max_new_tokens: int,
@@ -237,15 +244,15 @@ def _sampled(seed: int) -> dict[str, Any]:
     return {"do_sample": True, "top_k": 0, "seed": seed}
 
 
-def _writer(model: LatentLM, prompt_tokens: int) -> CausalLatentLM:
-    if not isinstance(model, CausalLatentLM):
+def _writer(model: LatentLM, prompt_tokens: int) -> WritesText:
+    if not isinstance(model, WritesText):
         raise InputError(f"a {type(model).__name__} does not write text from latents and a prompt.")
     if prompt_tokens < 0:
         raise InputError(f"prompt_tokens must not be negative, but is {prompt_tokens}.")
     return model
 
 
-def _room(model: CausalLatentLM, prompt_tokens: int) -> int:
+def _room(model: WritesText, prompt_tokens: int) -> int:
     context = model.config.max_position_embeddings
     if prompt_tokens >= context:
         raise InputError(f"a prompt of {prompt_tokens} tokens fills the model's context of {context}: give fewer.")
@@ -270,6 +277,6 @@ def _chosen(sequences: Dataset, number: int, prompt_tokens: int) -> list[Int64[T
 
 
 def _beginnings(
-    model: CausalLatentLM, texts: Sequence[Int64[Tensor, " _"]], prompt_tokens: int
+    model: WritesText, texts: Sequence[Int64[Tensor, " _"]], prompt_tokens: int
 ) -> Int64[Tensor, "texts prompt"]:
     return torch.stack([text[: prompt_tokens + 1] for text in texts]).to(model.device)

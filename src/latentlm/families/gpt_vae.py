@@ -22,7 +22,7 @@ from latentlm.causal_lm import CausalConfig, CausalLatentLM
 from latentlm.distributions import standard_normal
 from latentlm.errors import InputError
 from latentlm.latent_lm import TrainingInference
-from latentlm.layers import AttentionPooling, BidirectionalEncoder, TransformerBlock, pool, rotation
+from latentlm.layers import AttentionPooling, TransformerBlock, TransformerEncoder, pool, rotation
 from latentlm.variational import VariationalConfig, VariationalLM
 
 
@@ -66,7 +66,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.how = config.pooling
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.transformer = BidirectionalEncoder(config, config.encoder_layers)
+        self.transformer = TransformerEncoder(config, config.encoder_layers)
         if config.pooling == "attention":
             self.pooling = AttentionPooling(config, 1)
         self.mean = nn.Linear(config.hidden_size, config.latent_size)

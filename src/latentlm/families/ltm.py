@@ -27,7 +27,7 @@ from latentlm.distributions import (
     sequence_noise,
     standard_normal,
 )
-from latentlm.layers import AttentionPooling, BidirectionalEncoder, TransformerBlock, rotation
+from latentlm.layers import AttentionPooling, TransformerBlock, TransformerEncoder, rotation
 from latentlm.objective import elbo
 from latentlm.variational import VariationalConfig, VariationalLM
 
@@ -96,7 +96,7 @@ class LatentEncoder(nn.Module):
         super().__init__()
         assert config.latent_size is not None
         self.latent_shape = latent_shape
-        self.transformer = BidirectionalEncoder(config, config.encoder_layers)
+        self.transformer = TransformerEncoder(config, config.encoder_layers)
         self.pooling = AttentionPooling(config, math.prod(latent_shape[:-1]))
         self.moments = FromZero(config.hidden_size, 2 * config.latent_size, bias=False)  # at first no text moves q
         self.mean = nn.Parameter(torch.zeros(config.latent_size))
@@ -120,7 +120,7 @@ class LatentTransformer(nn.Module):
         assert config.latent_size is not None
         self.input = nn.Linear(config.latent_size, config.hidden_size)
         self.places = nn.Embedding(math.prod(latent_shape[:-1]), config.hidden_size)
-        self.transformer = BidirectionalEncoder(config, config.prior_layers)
+        self.transformer = TransformerEncoder(config, config.prior_layers)
         self.output = FromZero(config.hidden_size, config.latent_size)
 
     def forward(self, latents: Float[Tensor, "batch layers latents size"]) -> Tensor:

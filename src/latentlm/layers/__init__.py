@@ -1,14 +1,16 @@
 """Layers that know nothing of what latents mean."""
 
-from latentlm.layers.encoder import AttentionPooling, BidirectionalEncoder, FixedScaleBatchNorm, pool
+from latentlm.layers.convolution import CausalBlock
+from latentlm.layers.encoder import AttentionPooling, FixedScaleBatchNorm, TransformerEncoder, pool
 from latentlm.layers.projection import token_log_likelihood
 from latentlm.layers.transformer import TransformerBlock, rotation, self_cache
 
 __all__ = [
     "AttentionPooling",
-    "BidirectionalEncoder",
+    "CausalBlock",
     "FixedScaleBatchNorm",
     "TransformerBlock",
+    "TransformerEncoder",
     "pool",
     "rotation",
     "self_cache",

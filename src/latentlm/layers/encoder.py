@@ -1,4 +1,4 @@
-"""Layers that read a whole text at once: a bidirectional encoder, and pooling of its states into a few vectors."""
+"""Layers that read a whole text at once: a Transformer encoder, and pooling of its states into a few vectors."""
 
 from typing import Literal
 
@@ -6,25 +6,38 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 from latentlm.layers.transformer import TransformerBlock, rotation
 
 
-class BidirectionalEncoder(nn.Module):
-    """Pre-norm Transformer in which every position sees every real one. Width, heads and dropout are the config's."""
+class TransformerEncoder(nn.Module):
+    """Pre-norm Transformer in which every position sees every real one, or those until itself where it is causal.
 
-    def __init__(self, config: PreTrainedConfig, num_layers: int):
+    Width, heads and dropout are the config's.
+    """
+
+    def __init__(self, config: PreTrainedConfig, num_layers: int, causal: bool = False):
         super().__init__()
-        self.config = config
-        self.layers = nn.ModuleList(TransformerBlock(config, index, causal=False) for index in range(num_layers))
+        self.config, self.causal = config, causal
+        self.layers = nn.ModuleList(TransformerBlock(config, index, causal=causal) for index in range(num_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, x: Float[Tensor, "batch time hidden"], attention_mask: Int64[Tensor, "batch time"] | None = None
     ) -> Float[Tensor, "batch time hidden"]:
         """States of x. Positions count real tokens, so padding on either side changes nothing."""
-        mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
+        given = {"config": self.config, "inputs_embeds": x, "attention_mask": attention_mask}
+        if not self.causal:
+            mask = create_bidirectional_mask(**given)
+        elif self.config.sliding_window is None:
+            mask = create_causal_mask(**given, past_key_values=None)
+        else:
+            mask = create_sliding_window_causal_mask(**given, past_key_values=None)
         if attention_mask is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
         else:
