@@ -49,7 +49,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
 
     Args:
         num_hidden_layers: of the decoder.
-        decoder: "convolution" as in the paper (a map of each time's z, then width-3 convolutions), or bidirectional
+        decoder_type: "convolution" as in the paper (a map of each time's z, then width-3 convolutions), or bidirectional
             "attention" over all times.
         max_position_embeddings: the longest text, T, in tokens after BOS.
         word_dropout: share of the tokens that the encoder does not see while training.
@@ -64,7 +64,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
         posterior: "sites": q ∝ p(z) Π_t N(m_t; z_t, v_t), the prior updated by the encoder's m and v; "diagonal" over
             time, as in the paper, which cannot come near a smooth prior; "whitened": diagonal in w, z = L w, K = L Lᵀ.
             Gradient steps and Langevin are in w, and need the last.
-        encoder: causal convolutions, "separable" (the paper's SEQ) or "full" (its PARA), or a "transformer", which sees
+        encoder_type: causal convolutions, "separable" (the paper's SEQ) or "full" (its PARA), or a "transformer", which sees
             the whole text, or a "causal_transformer", of `encoder_layers`.
         encoder_kernel_size, encoder_dilations: of the convolutions, a block for each dilation.
         inference_start_log_variance: None is −4 for a diagonal posterior (as published), little information (2) for
@@ -82,7 +82,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
     hidden_size: int = 256
     num_hidden_layers: int = 1
     max_position_embeddings: int = 64
-    decoder: Literal["convolution", "attention"] = "convolution"
+    decoder_type: Literal["convolution", "attention"] = "convolution"
     latent_size: int = 64
     kernel: Literal["rbf", "matern12", "matern32", "matern52", "rational_quadratic", "white"] = "rbf"
     kernel_groups: int = 1
@@ -91,7 +91,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
     kernel_nugget: float | int = 0.01
     posterior: Literal["sites", "diagonal", "whitened"] = "sites"
     inference: Literal["gradient", "amortised", "cooperative", "langevin"] = "amortised"
-    encoder: Literal["separable", "full", "transformer", "causal_transformer"] = "separable"
+    encoder_type: Literal["separable", "full", "transformer", "causal_transformer"] = "separable"
     encoder_kernel_size: int = 3
     encoder_dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     inference_start_log_variance: float | int | None = None
@@ -133,7 +133,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
         if self.inference_start == "learned" or self.encoder_batch_norm is not None:
             name = "inference_start learned" if self.inference_start == "learned" else "encoder_batch_norm"
             raise ValueError(f"{name} is for latents of one shape, and a trajectory is as long as its text")
-        if self.encoder == "separable" and self.has_encoder and self.hidden_size % 8:
+        if self.encoder_type == "separable" and self.has_encoder and self.hidden_size % 8:
             raise ValueError(f"hidden_size ({self.hidden_size}) must be a multiple of 8 for the separable encoder")
 
     def validate_beside(self) -> None:
@@ -170,14 +170,14 @@ class TrajectoryEncoder(nn.Module):
     def __init__(self, config: GPVAEConfig, latent_shape: tuple[int, ...]):
         super().__init__()
         size = config.hidden_size
-        if config.encoder in ("separable", "full"):
+        if config.encoder_type in ("separable", "full"):
             self.blocks = nn.ModuleList(
-                CausalBlock(size, config.encoder_kernel_size, dilation, config.dropout, config.encoder)
+                CausalBlock(size, config.encoder_kernel_size, dilation, config.dropout, config.encoder_type)
                 for dilation in config.encoder_dilations
             )
             self.norm = nn.LayerNorm(size)
         else:
-            causal = config.encoder == "causal_transformer"
+            causal = config.encoder_type == "causal_transformer"
             self.transformer = TransformerEncoder(config, config.encoder_layers, causal)
         self.mean = nn.Linear(size, config.latent_size)
         assert config.inference_start_log_variance is not None  # set by the config
@@ -248,7 +248,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         self.kernel = _kernel(config)
         if config.kernel != "white":
             self.log_nugget = log_parameter("kernel_nugget", [config.kernel_nugget] * config.kernel_groups)
-        self.decoder = (AttentionDecoder if config.decoder == "attention" else ConvolutionDecoder)(config)
+        self.decoder = (AttentionDecoder if config.decoder_type == "attention" else ConvolutionDecoder)(config)
         self.horizons = nn.ModuleList(
             nn.Linear(config.hidden_size, config.hidden_size, bias=False) for _ in range(config.horizons)
         )
