@@ -27,6 +27,7 @@ from latentlm.errors import InputError
 from latentlm.generation import FiniteScores, WritesText
 from latentlm.layers import token_log_likelihood
 
+_NO_IDS = torch.zeros(0, 0, dtype=torch.long)  # which no step of sampling here reads
 # logits of a part of the tokens that are written
 _LOGITS_AT_ONCE = 2**25
 # Adam moves each number by its rate: this many times further, since lengths take large logits and few of them
@@ -303,6 +304,7 @@ class ParallelLatentLM(WritesText):
                 lengths, ended = self._drawn_lengths(begun, max_new_tokens)
                 longest = lengths.view(len(input_ids), -1).amax(1)
                 prior = self.prior(len(input_ids), longest, condition)
+                assert isinstance(prior, GaussianProcess)
                 if sequential:
                     prior = prior.sequentially()
                 given = (input_ids, attention_mask, condition, prior)
@@ -365,7 +367,7 @@ class ParallelLatentLM(WritesText):
         pad = self.config.pad_token_id or 0
         new = torch.full_like(places, pad).masked_scatter(there, tokens)
         if self.config.length_model == "categorical":
-            return new.masked_fill((places == lengths[:, None] - 1) & ended[:, None], eos)
+            return new.masked_fill((places == lengths[:, None] - 1) & ended[:, None], self._eos())
         ends = torch.tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos], device=new.device)
         is_end = torch.isin(new, ends).long()
         return new.masked_fill(is_end.cumsum(1) - is_end > 0, pad)
@@ -404,10 +406,10 @@ def _sampling(temperature: float, top_k: int, top_p: float) -> LogitsProcessorLi
 
 
 def _chosen(logits: Float[Tensor, "tokens words"], sampling: LogitsProcessorList | None) -> Int64[Tensor, " tokens"]:
-    scores = FiniteScores()(None, logits.float())
+    scores = FiniteScores()(_NO_IDS, logits.float())
     if sampling is None:
         return scores.argmax(-1)
-    return torch.multinomial(sampling(None, scores).softmax(-1), 1)[:, 0]  # type: ignore[arg-type]
+    return torch.multinomial(sampling(_NO_IDS, scores).softmax(-1), 1)[:, 0]
 
 
 def _parts(states: Tensor, words: int) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """Posteriors over a trajectory that know the correlations of its Gaussian-process prior."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -285,13 +285,13 @@ def _(distribution: ContinuedTrajectory) -> tuple[int, ...]:
 @select_rows.register
 def _(distribution: WhitenedGaussian, rows: Tensor) -> WhitenedGaussian:
     prior = distribution.prior.with_lengths(distribution.prior.row_lengths(len(rows))[rows])
-    return WhitenedGaussian(prior, select_rows(distribution.white, rows))
+    return WhitenedGaussian(prior, cast(Independent, select_rows(distribution.white, rows)))
 
 
 @select_rows.register
 def _(distribution: DiagonalTrajectory, rows: Tensor) -> DiagonalTrajectory:
     prior = distribution.prior.with_lengths(distribution.prior.row_lengths(len(rows))[rows])
-    return DiagonalTrajectory(prior, select_rows(distribution.each, rows))
+    return DiagonalTrajectory(prior, cast(Independent, select_rows(distribution.each, rows)))
 
 
 @sample_from_noise.register

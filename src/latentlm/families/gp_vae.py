@@ -49,8 +49,8 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
 
     Args:
         num_hidden_layers: of the decoder.
-        decoder_type: "convolution" as in the paper (a map of each time's z, then width-3 convolutions), or bidirectional
-            "attention" over all times.
+        decoder_type: "convolution" as in the paper (a map of each time's z, then width-3 convolutions), or "attention"
+            over all times.
         max_position_embeddings: the longest text, T, in tokens after BOS.
         word_dropout: share of the tokens that the encoder does not see while training.
         latent_size: dimensions of the trajectory, d_z.
@@ -64,8 +64,8 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
         posterior: "sites": q ∝ p(z) Π_t N(m_t; z_t, v_t), the prior updated by the encoder's m and v; "diagonal" over
             time, as in the paper, which cannot come near a smooth prior; "whitened": diagonal in w, z = L w, K = L Lᵀ.
             Gradient steps and Langevin are in w, and need the last.
-        encoder_type: causal convolutions, "separable" (the paper's SEQ) or "full" (its PARA), or a "transformer", which sees
-            the whole text, or a "causal_transformer", of `encoder_layers`.
+        encoder_type: causal convolutions, "separable" (the paper's SEQ) or "full" (its PARA), or a "transformer", which
+            sees the whole text, or a "causal_transformer", of `encoder_layers`.
         encoder_kernel_size, encoder_dilations: of the convolutions, a block for each dilation.
         inference_start_log_variance: None is −4 for a diagonal posterior (as published), little information (2) for
             sites, −0.5 in w.
@@ -94,7 +94,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
     encoder_type: Literal["separable", "full", "transformer", "causal_transformer"] = "separable"
     encoder_kernel_size: int = 3
     encoder_dilations: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
-    inference_start_log_variance: float | int | None = None
+    inference_start_log_variance: float | int | None = None  # type: ignore[assignment]  # never after __post_init__
     label_smoothing: float | int = 0.0
     horizons: int = 0
     horizon_weight: float | int = 0.5

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.distributions import Independent
+from torch.distributions import Distribution, Independent
 from transformers.cache_utils import Cache, DynamicCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM
@@ -122,7 +122,7 @@ class GPTVAE(CausalLatentLM, VariationalLM):
         condition: Any = None,
         *,
         seed: int = 0,
-    ) -> Independent:
+    ) -> Distribution:
         return super().infer(*self._source(input_ids, attention_mask, condition), seed=seed)
 
     def infer_for_training(

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.distributions import Independent, kl_divergence
+from torch.distributions import Distribution, Independent, kl_divergence
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
@@ -193,7 +193,7 @@ class LTM(CausalLatentLM, VariationalLM):
         One noise serves all fast steps and the score, so q learns how to answer that one draw.
         """
         start = self._start(input_ids, attention_mask, None)
-        posterior = diagonal_gaussian(*start)
+        posterior: Distribution = diagonal_gaussian(*start)
         if self.config.inference != "amortised":
             posterior = self._refine(start, input_ids, attention_mask, None, seed=seed, renew_noise=False)
         keys = sequence_keys(input_ids, attention_mask)

@@ -64,7 +64,8 @@ class CausalBlock(nn.Module):
                 CausalConvolution(channels, channels, kernel_size, dilation=dilation, groups=channels),
                 nn.Conv1d(channels, 2 * channels, 1),
             )
-            self.norm, self.gate = ChannelNorm(2 * channels, 8), CausalSqueezeExcite(channels)
+            self.norm = ChannelNorm(2 * channels, 8)
+            self.gate: nn.Module = CausalSqueezeExcite(channels)
         else:
             self.convolution = CausalConvolution(channels, 2 * channels, kernel_size, dilation=dilation)
             self.norm, self.gate = ChannelNorm(2 * channels), nn.Identity()
