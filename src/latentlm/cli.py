@@ -332,7 +332,7 @@ def generate(
         raise InputError(f"--beams {beams} gives at most {beams} texts for each prompt, not {number}.")
     prompts = prompt or []
     _check_utf8("--prompt", prompts)
-    rows = None if latents is None else read_latents(latents)
+    rows, lengths = (None, None) if latents is None else read_latents(latents)
     loaded, tokenizer = _load(model)
     _change_inference(loaded, settings)
     if rows is not None:
@@ -351,6 +351,7 @@ def generate(
         tokenizer,
         prompts,
         latents=rows,
+        **({} if lengths is None else {"lengths": lengths}),
         num_return_sequences=number,
         max_new_tokens=max_new_tokens or room,
         num_beams=beams,

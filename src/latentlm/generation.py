@@ -199,7 +199,8 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                 )
             if (cache := self.new_cache()) is not None and kwargs.get("use_cache", True):
                 kwargs.setdefault("past_key_values", cache)
-            return super().generate(
+            return GenerationMixin.generate(
+                self,
                 input_ids,
                 attention_mask=attention_mask,
                 latents=latents,
@@ -231,8 +232,8 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                 latents = self._latents_for(input_ids, attention_mask, condition, prior, 1, seed)
             new_tokens = min(every, max_new_tokens - begin)
             given = {**kwargs, "past_key_values": self.new_cache()} if kwargs.get("use_cache", True) else kwargs
-            rows = super().generate(
-                input_ids, attention_mask=attention_mask, latents=latents, max_new_tokens=new_tokens, **given
+            rows = GenerationMixin.generate(
+                self, input_ids, attention_mask=attention_mask, latents=latents, max_new_tokens=new_tokens, **given
             )
             new = rows[:, input_ids.shape[1] :].masked_fill(ended[:, None], pad)
             is_end = torch.isin(new, ends) & ~ended[:, None]

@@ -257,6 +257,7 @@ class ParallelLatentLM(WritesText):
         top_k: int = 0,
         top_p: float = 1.0,
         sequential: bool = False,
+        lengths: Int64[Tensor, " rows"] | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ) -> Int64[Tensor, "rows time"]:
@@ -269,6 +270,7 @@ class ParallelLatentLM(WritesText):
             input_ids: prompts, BOS x_1 … ; padding may be on either side. None starts from BOS alone.
             latents: trajectories that begin with the prompt's tokens, one for each prompt (or one for all); with a
                 model of the length, texts end where they end.
+            lengths: how many tokens each of the latents is of, where these are padded; None for all of them.
             max_new_tokens: None is 64, or what the prompt leaves of the context, or the latents have, where that is
                 less.
             num_return_sequences: texts for each prompt; each has a z of its own unless `latents` are given.
@@ -301,8 +303,8 @@ class ParallelLatentLM(WritesText):
             if seed is not None:
                 torch.manual_seed(seed % 2**63)
             if latents is None:
-                lengths, ended = self._drawn_lengths(begun, max_new_tokens)
-                longest = lengths.view(len(input_ids), -1).amax(1)
+                total, ended = self._drawn_lengths(begun, max_new_tokens)
+                longest = total.view(len(input_ids), -1).amax(1)
                 prior = self.prior(len(input_ids), longest, condition)
                 assert isinstance(prior, GaussianProcess)
                 if sequential:
@@ -318,11 +320,11 @@ class ParallelLatentLM(WritesText):
                         f"latents of {latents.shape[1]} times do not reach over a prompt of {int(begun.max())} tokens "
                         f"and {max_new_tokens} new ones: give longer ones or ask for fewer."
                     )
-                lengths = torch.full_like(begun, latents.shape[1])
-                ended = torch.ones_like(begun, dtype=torch.bool)
+                ended = torch.full_like(begun, self.config.length_model != "none", dtype=torch.bool)
+                total = self._lengths_of(latents, lengths, len(input_ids)).repeat_interleave(num_return_sequences)
                 if self.config.length_model == "none":
-                    lengths, ended = begun + max_new_tokens, ~ended
-            new = self._written(latents, lengths, ended, begun, max_new_tokens, sampling)
+                    total = torch.minimum(total, begun + max_new_tokens)
+            new = self._written(latents, total, ended, begun, max_new_tokens, sampling)
         return torch.cat((input_ids.repeat_interleave(num_return_sequences, 0), new), dim=1)
 
     def going_on(
@@ -330,6 +332,14 @@ class ParallelLatentLM(WritesText):
     ) -> ContinuedTrajectory:
         assert isinstance(longer, GaussianProcess)
         return ContinuedTrajectory(posterior, lengths, longer)
+
+    @staticmethod
+    def _lengths_of(latents: Tensor, lengths: Tensor | None, prompts: int) -> Int64[Tensor, " prompts"]:
+        if lengths is None:
+            return torch.full((prompts,), latents.shape[1], device=latents.device)
+        if len(lengths) not in (1, prompts) or not 1 <= int(lengths.min()) <= int(lengths.max()) <= latents.shape[1]:
+            raise InputError(f"lengths must be between 1 and the latents' {latents.shape[1]} times, one for each.")
+        return lengths.to(latents.device).expand(prompts)
 
     def _drawn_lengths(
         self, begun: Int64[Tensor, " rows"], max_new_tokens: int

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -20,18 +20,24 @@ from latentlm.latent_lm import LatentLM
 
 @dataclass(frozen=True)
 class Encoding:
-    """Posteriors of N texts: `ids` [N] (0 … N − 1), `mean` and `variance` [N, *event] of q(z | x)."""
+    """Posteriors of N texts: `ids` [N] (0 … N − 1), `mean` and `variance` [N, *event] of q(z | x).
+
+    Where a latent has a part for each token, the event is [T, size] with T of the longest text, `lengths` [N] has that
+    of each, and what stands after it is 0.
+    """
 
     ids: np.ndarray
     mean: Float[np.ndarray, "texts *event"]
     variance: Float[np.ndarray, "texts *event"]
+    lengths: np.ndarray | None = None
 
     def save(self, path: str | Path) -> None:
         """Writes `.npz`, or `.parquet` with each latent as a flat list and its shape beside it; whole or not at all."""
         path = check_latents_path(path)
         with whole_file(path) as file:
             if path.suffix == ".npz":
-                np.savez(file, ids=self.ids, mean=self.mean, variance=self.variance)
+                lengths: dict[str, Any] = {} if self.lengths is None else {"lengths": self.lengths}
+                np.savez(file, ids=self.ids, mean=self.mean, variance=self.variance, **lengths)
             else:
                 self._write_parquet(file)
 
@@ -39,12 +45,15 @@ class Encoding:
         import pyarrow
         import pyarrow.parquet
 
-        number = len(self.ids)
+        ends = [None] * len(self.ids) if self.lengths is None else self.lengths.tolist()
+        means, variances = (
+            [row[:end] for row, end in zip(rows, ends, strict=True)] for rows in (self.mean, self.variance)
+        )
         columns = {
             "id": self.ids,
-            "mean": list(self.mean.reshape(number, -1)),
-            "variance": list(self.variance.reshape(number, -1)),
-            "shape": [list(self.mean.shape[1:])] * number,
+            "mean": [row.reshape(-1) for row in means],
+            "variance": [row.reshape(-1) for row in variances],
+            "shape": [list(row.shape) for row in means],
         }
         pyarrow.parquet.write_table(pyarrow.table(columns), file)
 
@@ -57,8 +66,10 @@ def check_latents_path(path: str | Path) -> Path:
     return path
 
 
-def read_latents(path: str | Path) -> Float[Tensor, "rows *event"]:
-    """The means in a file that `Encoding.save` wrote; ready-made latents may be stored in the same way.
+def read_latents(path: str | Path) -> tuple[Float[Tensor, "rows *event"], Int64[Tensor, " rows"] | None]:
+    """The means in a file that `Encoding.save` wrote, and their lengths, if they have any.
+
+    Ready-made latents may be stored in the same way.
 
     Raises:
         InputError: no such file, no such content, or numbers that are not finite in float32.
@@ -69,7 +80,7 @@ def read_latents(path: str | Path) -> Float[Tensor, "rows *event"]:
     if not path.is_file():
         raise InputError(f"{path} does not exist or is no file: give a file that latentlm encode wrote.")
     try:
-        mean = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
+        mean, lengths = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
     except PermissionError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
     except Exception as error:  # every kind of damage raises its own kind of exception
@@ -87,10 +98,19 @@ def read_latents(path: str | Path) -> Float[Tensor, "rows *event"]:
         latents = torch.from_numpy(np.ascontiguousarray(mean.astype(np.float32)))
     if not bool(torch.isfinite(latents).all()):
         raise InputError(f"{path} holds latents that are not finite: check how they were made.")
-    return latents
+    if lengths is None:
+        return latents, None
+    if (
+        lengths.dtype.kind not in "iu"
+        or lengths.shape != latents.shape[:1]
+        or latents.dim() != 3
+        or not 1 <= lengths.min() <= lengths.max() <= latents.shape[1]
+    ):
+        raise InputError(f"{path}: 'lengths' must be whole numbers, between 1 and the latents' times, one for each.")
+    return latents, torch.from_numpy(lengths.astype(np.int64))
 
 
-def _read_npz(path: Path) -> np.ndarray:
+def _read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("it is no .npz file")
@@ -98,12 +118,12 @@ def _read_npz(path: Path) -> np.ndarray:
         if "mean" not in arrays:
             raise ValueError("there is no array 'mean'")
         try:
-            return np.asarray(arrays["mean"])
+            return np.asarray(arrays["mean"]), np.asarray(arrays["lengths"]) if "lengths" in arrays else None
         except ValueError as error:
             raise ValueError("its array 'mean' is damaged or holds objects, not numbers") from error
 
 
-def _read_parquet(path: Path) -> np.ndarray:
+def _read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     import pyarrow.parquet
 
     with pyarrow.parquet.ParquetFile(path) as file:
@@ -111,9 +131,12 @@ def _read_parquet(path: Path) -> np.ndarray:
     if missing := {"mean", "shape"} - set(table.column_names):
         raise ValueError(f"there is no column {sorted(missing)[0]!r}")
     rows, shapes = table["mean"].to_pylist(), table["shape"].to_pylist()
-    if any(shape != shapes[0] for shape in shapes):
+    if all(shape == shapes[0] for shape in shapes):
+        return np.array(rows).reshape(len(rows), *(shapes[0] if shapes else (1,))), None
+    if any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
         raise ValueError("its rows have different shapes")
-    return np.array(rows).reshape(len(rows), *(shapes[0] if shapes else (1,)))
+    lengths = np.array([shape[0] for shape in shapes])
+    return _stacked([np.array(row).reshape(shape) for row, shape in zip(rows, shapes, strict=True)]), lengths
 
 
 @torch.no_grad()
@@ -140,8 +163,8 @@ def encode(
             raise InputError(f"text {row} has {length + 1} tokens and the model's context is {longest}: shorten it.")
     if not lengths:
         raise InputError("there is no text to encode.")
-    means: list[np.ndarray | None] = [None] * len(texts)
-    variances: list[np.ndarray | None] = [None] * len(texts)
+    means: list[np.ndarray] = [np.zeros(0)] * len(texts)
+    variances = means.copy()
     done = 0
     for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
         batch = text_batch(tokenizer, [texts[index] for index in indices])
@@ -150,11 +173,23 @@ def encode(
         )
         mean, variance = posterior.mean.float().cpu().numpy(), posterior.variance.float().cpu().numpy()
         for row, index in enumerate(indices):
-            means[index], variances[index] = mean[row], variance[row]
+            end = lengths[index] + 1 if model.latent_per_token else None  # EOS is a token, too
+            means[index], variances[index] = mean[row, :end], variance[row, :end]
         done += len(indices)
         if on_progress is not None:
             on_progress(done, len(texts))
-    return Encoding(np.arange(len(texts)), np.stack(means), np.stack(variances))  # type: ignore[arg-type]
+    of_tokens = np.array([len(mean) for mean in means]) if model.latent_per_token else None
+    return Encoding(np.arange(len(texts)), _stacked(means), _stacked(variances), of_tokens)
+
+
+def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of one shape, or of different lengths with 0 after their ends."""
+    if len({row.shape for row in rows}) == 1:
+        return np.stack(rows)
+    whole = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), dtype=rows[0].dtype)
+    for place, row in enumerate(rows):
+        whole[place, : len(row)] = row
+    return whole
 
 
 def write(

@@ -12,6 +12,7 @@ Corpus figures are sums over sums: Σ nats ÷ Σ tokens, with perplexity the exp
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,7 @@ from latentlm.latent_lm import LatentLM, number_of_parameters
 from latentlm.objective import elbo, importance_weighted_bound
 
 MUTUAL_INFORMATION_SEQUENCES = 256
+_NEARLY_ALL = 0.9
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def evaluate(
     number = len(sequences)  # type: ignore[arg-type]
     # by their hash, so that the data's order neither chooses nor groups them
     places = {index: place for place, index in enumerate(by_hash(sequences)[:MUTUAL_INFORMATION_SEQUENCES])}
-    statistics = LatentStatistics()
+    statistics = LatentStatistics(_common_length(sequences))
     figures = PerSequence("tokens", "elbo", "iw", "reconstruction", "kl", "prior")
     start = time.perf_counter()
     with evaluating(model):
@@ -107,6 +109,16 @@ def evaluate(
         "inference_seconds": statistics.inference_seconds,
         "tokens_per_second": tokens / seconds,
     }
+
+
+def _common_length(sequences: Dataset) -> int | None:
+    """The tokens of nearly all sequences, such as blocks of which the last is shorter; None where there is none."""
+    number = len(sequences)  # type: ignore[arg-type]
+    if not number:
+        return None
+    lengths = Counter(len(sequences[index]["input_ids"]) - 1 for index in range(number))
+    [(length, count)] = lengths.most_common(1)
+    return length if count >= _NEARLY_ALL * number else None
 
 
 def _perplexity(nll_per_token: float) -> float:

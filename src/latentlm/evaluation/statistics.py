@@ -16,7 +16,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 from torch.distributions import Distribution
 
-from latentlm.distributions import kl_per_dimension, select_rows
+from latentlm.distributions import GaussianProcess, kl_per_dimension, select_rows
 from latentlm.processes import gather_rows
 
 #: texts that `mutual_information_per_batch` compares at a time
@@ -36,15 +36,23 @@ _NAMES = (
 
 
 class LatentStatistics:
-    """The statistics of latents, and what inference cost, gathered batch by batch and over all processes."""
+    """The statistics of latents, and what inference cost, gathered batch by batch and over all processes.
 
-    def __init__(self) -> None:
+    Args:
+        length: trajectories of texts of so many tokens are compared, and others left out; None compares none that
+            differ in length.
+    """
+
+    def __init__(self, length: int | None = None) -> None:
+        self.length = length
         self.count = 0
         self.inference_seconds = 0.0
         self.comparable = True
         # of each latent number, over texts: its posterior mean in prior standard deviations, the square of that, its
-        # posterior variance in prior variances, its KL
-        self.sums = torch.zeros(4, 0, dtype=torch.double)
+        # posterior variance in prior variances
+        self.sums = torch.zeros(3, 0, dtype=torch.double)
+        # of each dimension: a trajectory has one KL for all of its times
+        self.kl = torch.zeros((), dtype=torch.double)
         self.compared: list[tuple[Distribution, Tensor, Tensor, Tensor]] = []
 
     def add(
@@ -60,20 +68,29 @@ class LatentStatistics:
             places: of each row in the order in which texts are compared, −1 for one that is not; by default all are, in
                 the order in which they come.
         """
+        if places is None:
+            places = torch.arange(self.count, self.count + len(latents), device=latents.device)
+        if isinstance(prior, GaussianProcess):
+            lengths, times = prior.row_lengths(len(latents)), latents.shape[1]
+            if self.length is None:
+                self.comparable &= bool((lengths == times).all())
+            elif times != self.length or not bool((lengths == times).any()):
+                return
+            elif not bool((whole := lengths == times).all()):
+                posterior, prior = select_rows(posterior, whole), select_rows(prior, whole)
+                latents, places = latents[whole], places[whole]
         mean = posterior.mean.double()
         if not self.count:
-            self.sums = mean.new_zeros(4, *mean.shape[1:])
+            self.sums = mean.new_zeros(3, *mean.shape[1:])
         if not self.comparable or mean.shape[1:] != self.sums.shape[1:]:
             self.comparable = False
             return
-        if places is None:
-            places = torch.arange(self.count, self.count + len(mean), device=mean.device)
         self.count += len(mean)
         prior_variance = prior.variance.double()
         mean = (mean - prior.mean.double()) / prior_variance.sqrt()
         variance = posterior.variance.double() / prior_variance
-        kl = _kl_per_dimension(posterior, prior, mean)
-        self.sums = self.sums + torch.stack([mean, mean.square(), variance, kl]).sum(1)
+        self.sums = self.sums + torch.stack([mean, mean.square(), variance]).sum(1)
+        self.kl = self.kl + _kl_per_dimension(posterior, prior).flatten(1).sum(0)
         rows = places >= 0
         if bool(rows.any()):
             log_prior = prior.log_prob(latents).double()
@@ -85,10 +102,11 @@ class LatentStatistics:
         Returns:
             Over all texts: `latent_units`, the numbers in a latent; `active_units`, those with Var_x E_q[z] > 0.01 ×
             prior variance (Burda et al. 2016, section 5.1); `kl_per_dimension`, the mean KL of each in nats, in the
-            order of the flattened latent, None where q or p does not factorise; `aggregate_mean_rms`, the root mean
-            square over numbers of E_q(z)[z] − prior mean, in prior standard deviations, and `aggregate_variance_ratio`,
-            the mean over numbers of Var_q(z)[z] ÷ prior variance, which are 0 and 1 where q(z) = p(z) (and for a latent
-            of no numbers). Over the `mutual_information_sequences` texts compared, in nats: `mutual_information`,
+            order of the flattened latent (of a trajectory, of each dimension over all times), None where q or p does
+            not factorise; `aggregate_mean_rms`, the root mean square over numbers of E_q(z)[z] − prior mean, in prior
+            standard deviations, and `aggregate_variance_ratio`, the mean over numbers of Var_q(z)[z] ÷ prior variance,
+            which are 0 and 1 where q(z) = p(z) (and for a latent of no numbers). Over the
+            `mutual_information_sequences` texts compared, in nats: `mutual_information`,
             `mutual_information_per_batch` of `mutual_information_batch` texts, `aggregate_kl`.
         """
         # a process without a batch knows no shape, and one with several knows that there is none
@@ -98,11 +116,13 @@ class LatentStatistics:
         if len(numbers) != 1 or numbers[0] < 0:
             return dict.fromkeys(_NAMES)
         units = numbers[0]
-        own = torch.zeros(0, 1 + 4 * units, dtype=torch.double, device=device)
+        dimensions = int(gather_rows(torch.tensor([self.kl.numel() if self.count else 0], device=device)).max())
+        own = torch.zeros(0, 1 + 3 * units + dimensions, dtype=torch.double, device=device)
         if self.count:
-            own = torch.cat([self.sums.new_tensor([self.count]), self.sums.flatten()])[None]
+            own = torch.cat([self.sums.new_tensor([self.count]), self.sums.flatten(), self.kl])[None]
         total = gather_rows(own).sum(0)
-        mean, square, variance, kl = (total[1:] / total[0]).view(4, units)
+        mean, square, variance = (total[1 : 1 + 3 * units] / total[0]).view(3, units)
+        kl = total[1 + 3 * units :] / total[0]
         variance_of_mean = square - mean.square()
         log_q, log_prior = self._densities(units, device)
         return {
@@ -130,13 +150,12 @@ class LatentStatistics:
         return log_q[order][:, order], log_prior[order]
 
 
-def _kl_per_dimension(posterior: Distribution, prior: Distribution, mean: Tensor) -> Float64[Tensor, "batch *event"]:
-    """NaN where a KL has no parts that belong to the numbers of a latent."""
+def _kl_per_dimension(posterior: Distribution, prior: Distribution) -> Float64[Tensor, "batch *dimensions"]:
+    """NaN where a KL has no parts that belong to dimensions."""
     try:
-        kl = kl_per_dimension(posterior, prior).double()
+        return kl_per_dimension(posterior, prior).double()
     except TypeError:
-        return torch.full_like(mean, math.nan)
-    return kl if kl.shape == mean.shape else torch.full_like(mean, math.nan)
+        return torch.full((posterior.batch_shape[0], 1), math.nan, dtype=torch.double, device=posterior.mean.device)
 
 
 def log_densities(

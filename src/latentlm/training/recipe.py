@@ -32,6 +32,7 @@ from latentlm.data.tokenizers import SMALLEST_VOCABULARY
 from latentlm.errors import InputError, one_sentence, shown
 from latentlm.families import FAMILIES
 from latentlm.latent_lm import LatentLM
+from latentlm.parallel_lm import ParallelLatentLM
 from latentlm.training.encoder import EncoderRecipe
 from latentlm.training.feasibility import check_memory, check_optimisation
 
@@ -114,9 +115,11 @@ class Recipe:
 
     def model_config(self, **from_tokenizer: Any) -> LatentLMConfig:
         """The family's config for this recipe and the tokenizer's vocabulary."""
-        defaults = {}
+        defaults: dict[str, Any] = {}
         if "max_position_embeddings" in {f.name for f in dataclasses.fields(self.family.config_class)}:
             defaults["max_position_embeddings"] = self.data.length
+        if issubclass(self.family, ParallelLatentLM) and self.data.unit == "sentences":
+            defaults["length_model"] = "categorical"
         return self.family.config_class(**{**defaults, **self.model, **from_tokenizer})
 
     def training_arguments(self, output_dir: Path) -> TrainingArguments:
@@ -301,6 +304,8 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         config = recipe.model_config(vocab_size=SMALLEST_VOCABULARY)
         if getattr(config, "max_position_embeddings", data.length) < data.length:
             raise ValueError(f"max_position_embeddings must be at least data.length, {data.length}")
+        if getattr(config, "length_model", "none") != "none" and data.unit == "blocks":
+            raise ValueError("length_model is for texts that end, and blocks go on after EOS: set it to none")
     if getattr(config, "encoder_batch_norm", None) is not None and not config.has_encoder:
         raise InputError(
             f"{places[('model', 'encoder_batch_norm')]}: model.encoder_batch_norm needs an encoder, "

@@ -149,7 +149,7 @@ class LatentTrainer(Trainer):
         given["seed"] = (self.args.seed << 32) + self.state.global_step
         loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         tokens = self.model.scored_tokens(given["input_ids"], given["attention_mask"]).sum()
-        self.statistics.add(outputs, tokens, self.model.beta)
+        self.statistics.add(outputs, tokens, self.model.beta, self.model.latent_per_token)
         if self.model.config.kl_target is not None:
             self.kl_of_step += torch.stack([outputs["kl"].detach().sum(), tokens.new_tensor(len(outputs["kl"]))]).cpu()
         return (loss, outputs) if return_outputs else loss
@@ -320,7 +320,7 @@ class _Statistics:
         self.mean_sums: torch.Tensor | None = None
         self.comparable = self.has_posterior = True
 
-    def add(self, outputs: LatentLMOutput, tokens: torch.Tensor, beta: float) -> None:
+    def add(self, outputs: LatentLMOutput, tokens: torch.Tensor, beta: float, per_token: bool = False) -> None:
         self.beta = beta
         self.nll += float(outputs["nll"].detach().sum())
         self.tokens += int(tokens)
@@ -331,7 +331,8 @@ class _Statistics:
         self.kl += float(outputs["kl"].detach().sum())
         mean = outputs["posterior_mean"].detach().double()
         sums = torch.stack([mean.sum(0), mean.square().sum(0)])
-        if self.mean_sums is not None and self.mean_sums.shape != sums.shape:
+        ragged = per_token and int(tokens) < mean.shape[0] * mean.shape[1]
+        if ragged or (self.mean_sums is not None and self.mean_sums.shape != sums.shape):
             self.comparable = False  # trajectories of different lengths have no units in common
         elif self.comparable:
             self.mean_sums = sums if self.mean_sums is None else self.mean_sums + sums
