@@ -30,6 +30,7 @@ _TRANSFORMERS_KEYS = {
     "output_attentions",
     "per_layer_config",
     "torch_dtype",
+    "use_cache",  # which the Trainer sets, on families that have no cache, too
 }
 
 
