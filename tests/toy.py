@@ -30,6 +30,15 @@ _COMMON: dict[str, Any] = {
 }
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "autoregressive": {},
+    "gp_vae": {
+        "latent_size": 4,
+        "kernel_groups": 2,
+        "kernel_lengthscale": [1.0, 4.0],
+        "kernel_nugget": 0.1,
+        "encoder_dilations": [1, 2],
+        "encoder_layers": 1,
+        "inference_start_log_variance": 0.0,
+    },
     "gpt_vae": {"latent_size": 6, "encoder_layers": 1, "sliding_window": None},
     "ltm": {
         "latents_per_layer": 3,
@@ -59,6 +68,27 @@ def small_model(family: str, *, seed: int = 0, **changes: Any) -> LatentLM:
 # each family as it comes, and each way in which it may differ
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{family: (family, {}) for family in FAMILIES},
+    "diagonal gp_vae": ("gp_vae", {"posterior": "diagonal", "kernel": "matern32", "encoder_type": "full"}),
+    "white gp_vae": (
+        "gp_vae",
+        {"posterior": "diagonal", "kernel": "white", "kernel_groups": 1, "kernel_lengthscale": 1.0},
+    ),
+    "attention gp_vae": ("gp_vae", {"decoder_type": "attention", "encoder_type": "transformer", "kernel_groups": 4}),
+    "cooperative gp_vae": (
+        "gp_vae",
+        {
+            "posterior": "whitened",
+            "inference": "cooperative",
+            "inference_steps": 2,
+            "encoder_type": "causal_transformer",
+        },
+    ),
+    "gradient gp_vae": ("gp_vae", {"posterior": "whitened", "inference": "gradient", "inference_steps": 2}),
+    "langevin gp_vae": (
+        "gp_vae",
+        {"posterior": "whitened", "inference": "langevin", "inference_steps": 2, "langevin_steps": 2},
+    ),
+    "gp_vae of ragged text": ("gp_vae", {"length_model": "categorical", "eos_token_id": EOS}),
     "two latent tokens": ("gpt_vae", {"latent_tokens": 2, "pooling": "attention"}),
     "cooperative gpt_vae": ("gpt_vae", {"inference": "cooperative", "inference_steps": 2, "pooling": "last"}),
     "batch norm": ("gpt_vae", {"encoder_batch_norm": 0.7}),

@@ -128,19 +128,21 @@ class ParallelLatentLM(WritesText):
     def states_of(
         self, latents: Float[Tensor, "*samples_batch_event"], text: Aligned
     ) -> Float[Tensor, "*samples batch time hidden"]:
-        """`states` for each sample of each text.
+        """`states` for each sample of each text; what latents have after the longest text is left out.
 
         Raises:
             InputError: latents that are not one trajectory for each text, as long as the longest.
         """
-        expected = (*text.tokens.shape, *self.prior(1, 1).event_shape[1:])
-        if latents.dim() < 3 or tuple(latents.shape[-3:]) != expected:
+        number, times = text.tokens.shape
+        expected = [number, times, self.prior(1, 1).event_shape[1]]
+        found = list(latents.shape[-3:])
+        if latents.dim() < 3 or [found[0], found[2]] != [expected[0], expected[2]] or found[1] < times:
             raise InputError(
-                f"latents of shape {list(latents.shape)} do not fit {len(text.tokens)} sequences of up to "
-                f"{text.tokens.shape[1]} tokens: they must end in {list(expected)}."
+                f"latents of shape {list(latents.shape)} do not fit {number} sequences of up to {times} tokens: "
+                f"they must end in {expected}."
             )
         samples = latents.shape[:-3]
-        rows = latents.flatten(0, -3)
+        rows = latents[..., :times, :].flatten(0, -3)
         if not rows.shape[1]:  # BOS alone: nothing to score
             nothing = rows.sum((1, 2))[:, None, None].expand(-1, 0, self.config.hidden_size)
             return nothing.unflatten(0, (*samples, len(text.tokens)))
@@ -159,10 +161,10 @@ class ParallelLatentLM(WritesText):
         Those depend on T by what the decoder sees at the end of the latents, which it is given.
         """
         text = self.aligned(input_ids, attention_mask)
-        logits = self.states_of(latents, text) @ self._words().T.to(latents.dtype)
+        logits = self.states_of(latents, text) @ self._words().T
         if self.config.length_model == "categorical":
             ends, goes_on = self._length_log_probabilities(logits.shape[-2])
-            words = logits.float().log_softmax(-1) + goes_on[:, None]
+            words = logits.log_softmax(-1, dtype=goes_on.dtype) + goes_on[:, None]
             eos = self._eos()
             ends = ends[:, None].expand(*words.shape[:-1], 1)
             logits = torch.cat((words[..., :eos], ends, words[..., eos:]), -1)
@@ -236,7 +238,7 @@ class ParallelLatentLM(WritesText):
 
     def _length_log_probabilities(self, times: int) -> tuple[Float[Tensor, " time"], Float[Tensor, " time"]]:
         """log p(T = t | T ≥ t) and log p(T > t | T ≥ t) for t = 1 … times."""
-        logits = _LENGTH_SCALE * self.length_logits.float()
+        logits = _LENGTH_SCALE * self.length_logits.to(torch.promote_types(self.dtype, torch.float32))
         from_here = logits.flip(0).logcumsumexp(0).flip(0)
         return (logits - from_here)[:times], (from_here[1:] - from_here[:-1])[:times]
 

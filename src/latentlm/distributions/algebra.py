@@ -113,6 +113,8 @@ class Dense(Algebra):
         return 2 * cut(log_scale.expand(len(lengths), -1, -1)[..., None], lengths)[..., 0].sum(-1)
 
     def precision_diagonal(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G T"]:
+        if not self.factor.shape[-1]:
+            return self.factor.new_zeros(len(lengths), len(self.factor), 0)
         until = self._inverse(self.factor).square().cumsum(-2)
         last = (lengths - 1).clamp_min(0)
         return until[:, last].transpose(0, 1) * (lengths > 0)[:, None, None]

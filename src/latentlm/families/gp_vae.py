@@ -40,7 +40,7 @@ from latentlm.variational import VariationalConfig, VariationalLM
 
 # of a diagonal posterior, as published; observations may say nothing at all, which is a large variance
 _LOG_VARIANCES = {"diagonal": (-6.0, 2.0), "whitened": (-6.0, 2.0), "sites": (-8.0, 12.0)}
-_START_LOG_VARIANCES = {"diagonal": -4.0, "whitened": -0.5, "sites": 2.0}
+_START_LOG_VARIANCES = {"diagonal": -4.0, "whitened": -0.5, "sites": -2.0}
 
 
 @strict
@@ -67,8 +67,8 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
         encoder_type: causal convolutions, "separable" (the paper's SEQ) or "full" (its PARA), or a "transformer", which
             sees the whole text, or a "causal_transformer", of `encoder_layers`.
         encoder_kernel_size, encoder_dilations: of the convolutions, a block for each dilation.
-        inference_start_log_variance: None is −4 for a diagonal posterior (as published), little information (2) for
-            sites, −0.5 in w.
+        inference_start_log_variance: None is −4 for a diagonal posterior (as published), −2 for sites, −0.5 in w. Sites
+            that begin with less to say leave a decoder nothing to learn from, and z dies (docs/results.md).
         label_smoothing: ε; training charges (1 − ε) NLL + ε mean over tokens v of −log p(v) (paper's notebooks: 0.01 to
             0.03).
         horizons: training has the state of each time foretell the next 1 … k tokens, too, by a linear map for each.
@@ -264,7 +264,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
 
     def prior(self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None) -> GaussianProcess:
         each = torch.as_tensor(lengths, device=self.device).expand(batch_size)
-        times = torch.arange(int(each.max()) if batch_size else 0, device=self.device)
+        times = torch.arange(int(each.max()) if batch_size else 0, device=self.device, dtype=torch.float64)
         nugget = 1.0 if self.config.kernel == "white" else self.log_nugget.double().exp()
         return GaussianProcess(self.kernel, times, self.config.latent_size, nugget, lengths=each)
 
@@ -284,7 +284,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         input_ids: Int64[Tensor, "batch time"],
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
-    ) -> tuple[Float[Tensor, "batch time size"], Float[Tensor, "batch time size"]]:
+    ) -> tuple[Float[Tensor, "batch times size"], Float[Tensor, "batch times size"]]:
         text = self.aligned(input_ids, attention_mask)
         x = self.embed_tokens(text.tokens)
         if self._seen is not None:
@@ -307,7 +307,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
 
     def likelihood_for_training(
         self,
-        latents: Float[Tensor, "batch time size"],
+        latents: Float[Tensor, "batch times size"],
         input_ids: Int64[Tensor, "batch time"],
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
