@@ -1,5 +1,6 @@
 """Scores as published code gives them (`--protocol paper`): no bounds, here to stand beside the honest figures."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -7,7 +8,7 @@ from torch.utils.data import Dataset
 
 from latentlm.errors import InputError
 from latentlm.evaluation.batches import PerSequence, evaluating, in_batches
-from latentlm.families import LTM
+from latentlm.families import GPVAE, LTM
 from latentlm.latent_lm import LatentLM
 
 
@@ -26,22 +27,31 @@ def published_figures(
     sequences of exp(NLL per token). `published_nll_per_token` is Σ nats ÷ Σ tokens of the same scores. Neither is a
     bound. A model without latents has its exact NLL here, and the same mean of exponentials.
 
+    GP-VAE: "PPL(cont)", the perplexity of continuations that the model itself writes after the first half of each text,
+    under the z of an encoder that has seen them: a reconstruction of its own text (`GPVAE.published_nll`).
+
     Raises:
         InputError: the family has no published protocol here.
     """
-    if not (isinstance(model, LTM) or model.exact):
+    if not (isinstance(model, LTM | GPVAE) or model.exact):
         raise InputError(f"no published protocol is known for {type(model).__name__}: score it by the honest one.")
     figures = PerSequence("nll", "tokens")
     with evaluating(model):
         for indices, input_ids, attention_mask in in_batches(model, sequences, batch_size, on_progress):
-            if isinstance(model, LTM):
+            tokens = model.scored_tokens(input_ids, attention_mask).sum(1)
+            if isinstance(model, GPVAE):
+                nll, tokens = model.published_nll(input_ids, attention_mask, seed=seed)
+            elif isinstance(model, LTM):
                 nll = -model.published_elbo(input_ids, attention_mask, seed=seed).double()
             else:
                 nothing = model.prior(len(input_ids), 1).sample()
                 nll = -model.log_likelihood(nothing, input_ids, attention_mask).double().sum(-1)
-            figures.add(indices, nll=nll, tokens=model.scored_tokens(input_ids, attention_mask).sum(1))
+            figures.add(indices, nll=nll, tokens=tokens)
         nll, tokens = figures.gathered(model.device).values()
+    per_token = float(nll.sum() / tokens.sum())
+    if isinstance(model, GPVAE):
+        return {"published_nll_per_token": per_token, "published_perplexity": math.exp(per_token)}
     return {
-        "published_nll_per_token": float(nll.sum() / tokens.sum()),
+        "published_nll_per_token": per_token,
         "published_perplexity": float((nll / tokens.clamp_min(1)).exp().mean()),
     }

@@ -29,9 +29,11 @@ from latentlm.distributions import (
     Matern,
     RationalQuadratic,
     SitesPosterior,
+    Stream,
     White,
     WhitenedGaussian,
     diagonal_gaussian,
+    sequence_keys,
 )
 from latentlm.distributions.kernels import log_parameter
 from latentlm.layers import CausalBlock, TransformerEncoder
@@ -302,6 +304,31 @@ class GPVAE(ParallelLatentLM, VariationalLM):
 
     def vocabulary(self) -> Float[Tensor, "vocabulary hidden"]:
         return F.normalize(self.embed_tokens.weight, dim=-1)
+
+    @torch.no_grad()
+    def published_nll(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        *,
+        seed: int = 0,
+    ) -> tuple[Float[Tensor, " batch"], Int64[Tensor, " batch"]]:
+        """NLL in nats, and the number of tokens, of what "PPL(cont)" is the perplexity of: **a reconstruction, no bound**.
+
+        The model itself writes the second half of each text (the likeliest tokens of a trajectory that goes on from the
+        first half's), and the encoder has seen all of it when it gives the z that this half is scored with.
+        """
+        text = self.aligned(input_ids, attention_mask)
+        nll, tokens = torch.zeros(len(input_ids), device=input_ids.device), text.lengths - text.lengths // 2
+        bos = input_ids.gather(1, text.scored.long().argmax(1, keepdim=True))
+        for length in text.lengths[text.lengths > 0].unique().tolist():
+            rows, begun = text.lengths == length, length // 2
+            prompts = torch.cat((bos[rows], text.tokens[rows, :begun]), dim=1)
+            own = self.generate(prompts, max_new_tokens=length - begun, seed=seed)
+            posterior = self.infer(own, seed=seed)
+            latents = self.draw_latents(posterior, sequence_keys(own), 1, seed=seed, stream=Stream.SCORE)[0]
+            nll[rows] = -self.log_likelihood(latents, own)[:, begun:].float().sum(1)
+        return nll, tokens
 
     # ---- what the paper trains with beside the ELBO -----------------------------------------------------------------
 
