@@ -348,7 +348,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
             # mean over v of −log p(v), less −log p(x) = s · (x − mean of v): no second pass over the vocabulary
             smoothed = (states * (words[targets] - words.mean(0))).sum(-1).float()
             charges.append(config.label_smoothing * smoothed.masked_fill(~real, 0.0))
-        for ahead, horizon in enumerate(self.horizons[: text.tokens.shape[1] - 1], start=1):
+        for ahead, horizon in enumerate(self.horizons[: max(text.tokens.shape[1] - 1, 0)], start=1):
             later = score_tokens(horizon(states[:, :-ahead]), words, targets[:, ahead:], real[:, ahead:])
             charges.append(F.pad(later, (0, ahead)) * (-config.horizon_weight / ahead))
         if config.embedding_regulariser:
