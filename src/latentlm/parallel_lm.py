@@ -300,7 +300,7 @@ class ParallelLatentLM(WritesText):
             self.check_latents(latents, (times, size))
         prompts = (input_ids, latents, attention_mask, condition, max_new_tokens, num_return_sequences)
         input_ids, attention_mask, max_new_tokens = self._prompts(*prompts)
-        begun = (attention_mask.sum(1) - 1).repeat_interleave(num_return_sequences)
+        begun = (attention_mask.sum(1) - 1).clamp_min(0).repeat_interleave(num_return_sequences)
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed % 2**63)
