@@ -370,7 +370,7 @@ class ParallelLatentLM(WritesText):
         places = begun[:, None] + torch.arange(max_new_tokens, device=begun.device)
         there = places < lengths[:, None]
         states = states.gather(1, places.clamp_max(longest - 1)[..., None].expand(-1, -1, states.shape[-1]))
-        eos, words = self.config.eos_token_id, self._words()
+        words = self._words()
         rows = [_chosen(part @ words.T, sampling) for part in _parts(states[there], len(words))]
         tokens = torch.cat([torch.zeros(0, dtype=torch.long, device=begun.device), *rows])
         if self.config.length_model == "categorical":
@@ -380,9 +380,15 @@ class ParallelLatentLM(WritesText):
         new = torch.full_like(places, pad).masked_scatter(there, tokens)
         if self.config.length_model == "categorical":
             return new.masked_fill((places == lengths[:, None] - 1) & ended[:, None], self._eos())
-        ends = torch.tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos], device=new.device)
-        is_end = torch.isin(new, ends).long()
-        return new.masked_fill(is_end.cumsum(1) - is_end > 0, pad)
+        return new.masked_fill(self.until_eos(new) == 0, pad)
+
+    def until_eos(self, input_ids: Int64[Tensor, "rows time"], begin: int = 0) -> Int64[Tensor, "rows time"]:
+        """1 for each token until the first that ends a text, itself included, among those from `begin` on."""
+        eos = self.config.eos_token_id
+        ends = torch.tensor(eos if isinstance(eos, list) else [-1 if eos is None else eos], device=input_ids.device)
+        is_end = torch.isin(input_ids, ends).long()
+        is_end[:, :begin] = 0
+        return (is_end.cumsum(1) - is_end == 0).long()
 
 
 def score_tokens(

@@ -316,18 +316,22 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         """NLL in nats, and the number of tokens, of what "PPL(cont)" is the perplexity of: **a reconstruction, no bound**.
 
         The model itself writes the second half of each text (the likeliest tokens of a trajectory that goes on from the
-        first half's), and the encoder has seen all of it when it gives the z that this half is scored with.
+        first half's), and the encoder has seen all of it when it gives the z that this half is scored with. What stands
+        after the EOS of a text that ends is neither seen nor counted.
         """
         text = self.aligned(input_ids, attention_mask)
-        nll, tokens = torch.zeros(len(input_ids), device=input_ids.device), text.lengths - text.lengths // 2
+        nll, tokens = torch.zeros(len(input_ids), device=input_ids.device), torch.zeros_like(text.lengths)
         bos = input_ids.gather(1, text.scored.long().argmax(1, keepdim=True))
         for length in text.lengths[text.lengths > 0].unique().tolist():
             rows, begun = text.lengths == length, length // 2
             prompts = torch.cat((bos[rows], text.tokens[rows, :begun]), dim=1)
             own = self.generate(prompts, max_new_tokens=length - begun, seed=seed)
-            posterior = self.infer(own, seed=seed)
-            latents = self.draw_latents(posterior, sequence_keys(own), 1, seed=seed, stream=Stream.SCORE)[0]
-            nll[rows] = -self.log_likelihood(latents, own)[:, begun:].float().sum(1)
+            mask = self.until_eos(own, begun + 1)
+            posterior = self.infer(own, mask, seed=seed)
+            keys = sequence_keys(own, mask)
+            latents = self.draw_latents(posterior, keys, 1, seed=seed, stream=Stream.SCORE)[0]
+            nll[rows] = -self.log_likelihood(latents, own, mask)[:, begun:].float().sum(1)
+            tokens[rows] = mask[:, begun + 1 :].sum(1)
         return nll, tokens
 
     # ---- what the paper trains with beside the ELBO -----------------------------------------------------------------
