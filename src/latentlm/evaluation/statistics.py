@@ -175,7 +175,7 @@ def log_densities(
     # a row for each of this process' texts, a column for each latent of all processes
     densities = torch.zeros(0, len(every), dtype=torch.double, device=device)
     for posterior, z in zip(posteriors, latents, strict=True):
-        columns = [posterior.log_prob(one.view(z.shape[1:])).double() for one in every]
+        columns = [posterior.log_prob(one.view(z.shape[1:]).expand(z.shape)).double() for one in every]
         densities = torch.cat([densities, torch.stack(columns, dim=1)])
     return gather_rows(densities)
 
