@@ -42,7 +42,7 @@ def assert_same(one, other):
         assert one[key] == other[key], key
 
 
-@pytest.fixture(scope="module", params=["ltm", "gpt_vae", "autoregressive"])
+@pytest.fixture(scope="module", params=["ltm", "gpt_vae", "gp_vae", "autoregressive"])
 def model(request):
     return load(trained(request.param))[0]
 

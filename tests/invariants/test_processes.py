@@ -15,7 +15,7 @@ from tests.toy import VARIANTS, small_variant, texts
 ROUNDING = 1e-5
 QUICK = [
     (variant, "blocks")
-    for variant in ("autoregressive", "amortised", "cooperative", "langevin", "learned start", "gpt_vae")
+    for variant in ("autoregressive", "amortised", "cooperative", "langevin", "learned start", "gpt_vae", "gp_vae")
 ]
 QUICK += [("ltm", layout) for layout in LAYOUTS] + [("cooperative", "as accelerate 1.15 does")]
 # batch norm of μ depends on how texts are shared out

@@ -26,8 +26,14 @@ REMEDIES = ("model.kl_target=2.0", "model.latent_dropout=0.3", "training.adam_ep
 REMEDIES += ("model.free_bits=0.2", "model.free_bits_per=latent", "model.word_dropout=0.3")
 
 
+# all that GP-VAE charges beside the ELBO
+CHARGES = ("model.label_smoothing=0.1", "model.horizons=2", "model.embedding_regulariser=0.1", *REMEDIES[2:])
+
+
 @pytest.mark.parametrize(
-    "family, own", [("ltm", ()), ("gpt_vae", ()), ("gpt_vae", REMEDIES), ("autoregressive", ())], ids=str
+    "family, own",
+    [("ltm", ()), ("gpt_vae", ()), ("gpt_vae", REMEDIES), ("gp_vae", ()), ("gp_vae", CHARGES), ("autoregressive", ())],
+    ids=str,
 )
 def test_accumulation_is_the_large_batch(tmp_path, family, own):
     large = run(tmp_path / "large", *PLAIN, *own, family=family)

@@ -44,6 +44,10 @@ evaluation:
 RECIPES = {
     "ltm": "model:\n  family: ltm\n  latents_per_layer: 2\n  latent_size: 4\n  inference_steps: 2\n" + _SHARED,
     "gpt_vae": "model:\n  family: gpt_vae\n  latent_size: 4\n  encoder_layers: 1\n" + _SHARED,
+    "gp_vae": (
+        "model:\n  family: gp_vae\n  latent_size: 4\n  kernel_groups: 2\n  encoder_dilations: [1, 2]\n"
+        "  encoder_layers: 1\n" + _SHARED
+    ),
     "autoregressive": "model:\n  family: autoregressive\n" + _SHARED,
 }
 
