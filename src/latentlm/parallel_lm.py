@@ -248,7 +248,7 @@ class ParallelLatentLM(WritesText):
     def generate(
         self,
         input_ids: Int64[Tensor, "batch time"] | None = None,
-        latents: Float[Tensor, "rows time size"] | None = None,
+        latents: Float[Tensor, "trajectories ..."] | None = None,
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
         *,
@@ -259,10 +259,10 @@ class ParallelLatentLM(WritesText):
         top_k: int = 0,
         top_p: float = 1.0,
         sequential: bool = False,
-        lengths: Int64[Tensor, " rows"] | None = None,
+        lengths: Int64[Tensor, " lengths"] | None = None,
         seed: int | None = None,
         **kwargs: Any,
-    ) -> Int64[Tensor, "rows time"]:
+    ) -> Int64[Tensor, "rows written"]:
         """Text from latents, from a prompt, or from the prior: all new tokens at once.
 
         The latents of a prompt are inferred, and the prior continues them. With a model of the length, each text's
