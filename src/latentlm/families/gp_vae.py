@@ -321,7 +321,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         *,
         seed: int = 0,
     ) -> tuple[Float[Tensor, " batch"], Int64[Tensor, " batch"]]:
-        """NLL in nats, and the number of tokens, of what "PPL(cont)" is the perplexity of: **a reconstruction, no bound**.
+        """NLL in nats and number of tokens of what "PPL(cont)" is the perplexity of: **a reconstruction, no bound**.
 
         The model itself writes the second half of each text (the likeliest tokens of a trajectory that goes on from the
         first half's), and the encoder has seen all of it when it gives the z that this half is scored with.
