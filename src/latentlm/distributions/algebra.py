@@ -114,8 +114,7 @@ class Dense(Algebra):
 
     def precision_diagonal(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G T"]:
         until = self._inverse(self.factor).square().cumsum(-2)
-        last = (lengths - 1).clamp_min(0)
-        return until[:, last].transpose(0, 1) * (lengths > 0)[:, None, None]
+        return torch.nn.functional.pad(until, (0, 0, 1, 0))[:, lengths].transpose(0, 1)  # nothing until the first
 
     def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
         inverse, scale, total = self._detached_inverse, self.factor.diagonal(dim1=-2, dim2=-1), self.factor.shape[-1]

@@ -162,8 +162,9 @@ class GaussianProcess(Distribution):
         """L ε: the trajectory that white noise makes, each time from noise until then (PARA: all times at once)."""
         rows, lengths, leading = self._rows(noise)
         if self._sequential:
-            each = noise.expand(*leading, *self.event_shape).reshape(-1, *self.event_shape)
-            path = torch.stack(list(self.steps(each)), 1) if each.shape[1] else each
+            each = noise.expand(*leading, *self.event_shape).reshape(len(rows), *self.event_shape)
+            with torch.no_grad():
+                path = torch.stack(list(self.steps(each)), 1) if each.shape[1] else each
             return self._shaped(cut(self._grouped(path), lengths), noise)
         return self._shaped(cut(self.algebra.color(rows), lengths), noise)
 
@@ -227,7 +228,8 @@ class GaussianProcess(Distribution):
         if tuple(value.shape[-2:]) != tuple(self.event_shape):
             raise InputError(f"a trajectory of shape {list(value.shape)} does not end in {list(self.event_shape)}.")
         leading = torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
-        value = value.expand(*leading, *self.event_shape).reshape(-1, *self.event_shape)
+        # counted, since there is nothing to infer it from where a trajectory has no times
+        value = value.expand(*leading, *self.event_shape).reshape(math.prod(leading), *self.event_shape)
         lengths = self._lengths().expand(leading or (1,)).reshape(-1)
         return self._grouped(value.double()), lengths, leading
 
@@ -313,7 +315,7 @@ def kl_of_diagonal_per_dimension(posterior: Independent, prior: GaussianProcess)
         raise NotImplementedError
     mean, scale = posterior.base_dist.loc, posterior.base_dist.scale
     rows, lengths, leading = prior._rows(mean)
-    scale = scale.expand(*leading, *prior.event_shape).reshape(-1, *prior.event_shape)
+    scale = scale.expand(*leading, *prior.event_shape).reshape(len(rows), *prior.event_shape)
     algebra = prior.algebra
     diagonal = prior._of_lengths(algebra.precision_diagonal, lengths)
     logs = 2 * cut(prior._grouped(scale.log()), lengths).sum(-2, dtype=torch.float64)
