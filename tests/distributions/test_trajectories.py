@@ -413,17 +413,21 @@ def test_a_known_beginning_goes_on_as_the_conditional_process(name, algebra):
     assert torch.equal(z[..., :begun, :], prefix.expand(5, -1, -1, -1))
 
 
-def test_nothing_begun_is_the_prior():
+@EACH_POSTERIOR
+def test_nothing_begun_is_the_prior(kind):
+    """After BOS alone there is a q of no times, whose KL is 0."""
     kernel = KERNELS["matern"]().double()
-    of_prompt, whole = (
+    none, whole = (
         GaussianProcess(kernel, torch.arange(n).double(), DIM, 0.05, lengths=torch.full((2,), n)) for n in (0, T)
     )
-    nothing = torch.zeros(2, 0, DIM).double()
-    for kind in POSTERIORS:
-        posterior = ContinuedTrajectory(POSTERIORS[kind](of_prompt, nothing, nothing), torch.zeros(2).long(), whole)
-        noise = randn(3, 2, *noise_shape(posterior), seed=1)
-        torch.testing.assert_close(sample_from_noise(posterior, noise), whole.color(noise[..., -DIM:]))
-        assert posterior.rsample((3,)).shape == (3, 2, T, DIM)
+    begun = POSTERIORS[kind](none, *[torch.zeros(2, 0, DIM).double()] * 2)
+    for figure in (kl_divergence(begun, none), begun.log_prob(begun.rsample()), none.log_prob(none.rsample())):
+        assert torch.equal(figure, torch.zeros(2).double())
+    assert kl_per_dimension(begun, none).shape == (2, DIM) and begun.rsample((5,)).shape == (5, 2, 0, DIM)
+    posterior = ContinuedTrajectory(begun, torch.zeros(2).long(), whole)
+    noise = randn(3, 2, *noise_shape(posterior), seed=1)
+    torch.testing.assert_close(sample_from_noise(posterior, noise), whole.color(noise[..., -DIM:]))
+    assert none.sequentially().rsample((5,)).shape == (5, 2, 0, DIM)
 
 
 # ---- the process of which they are made ------------------------------------------------------------------------------
