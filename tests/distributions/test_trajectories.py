@@ -339,7 +339,7 @@ def linear(function, shape):
 @pytest.mark.parametrize("algebra", ["dense", "toeplitz", "state_space"])
 @EACH_POSTERIOR
 def test_the_law_of_a_continuation_is_gaussian_conditioning(kind, algebra):
-    """By its exact linear map of noise: q at a row's beginning, and after it G z and the prior's remaining covariance."""
+    """By its exact map of noise: q at a row's beginning, after it G z and what the prior leaves of its covariance."""
     posterior, begun = continued(kind, algebra)
     assert noise_shape(posterior) == (T, (3 if kind == "sites" else 2) * DIM)
     matrix, mean = linear(lambda noise: sample_from_noise(posterior, noise), noise_shape(posterior))
