@@ -43,7 +43,7 @@ TARGET, AGREEMENT = 1.5, 1e-3
 ADAMW = {"lr": 2e-4, "betas": (0.9, 0.95), "weight_decay": 0.01, "fused": True}
 
 
-# ---- the same model in ordinary PyTorch: its weights have the names of ours -------------------------------------------
+# ---- the same model in ordinary PyTorch: its weights have the names of ours -----------------------------------------
 
 
 class Causal(nn.Conv1d):
@@ -174,7 +174,7 @@ class Restated(nn.Module):
         return (loss + kl) / tokens.numel()
 
 
-# ---- both sides -------------------------------------------------------------------------------------------------------
+# ---- both sides -----------------------------------------------------------------------------------------------------
 
 
 def our_model(form: str, vocabulary: int, length: int) -> Any:
