@@ -20,9 +20,9 @@ def token_log_likelihood(
     """log softmax(states weightᵀ) at the targets, in nats, float32 (float64 for float64 states).
 
     Equal to `-cross_entropy(linear(states, weight), targets, reduction="none")`, but works on a part of the tokens at
-    a time. ∂ log p / ∂ state = weight[target] − E_p[weight] is made with the value. On a CPU so is the weight's gradient
-    of the sum of all log p, since mostly all tokens count alike: where they turn out to, nothing is computed twice;
-    where they do not, or on another device, logits are computed again for the weight.
+    a time. ∂ log p / ∂ state = weight[target] − E_p[weight] is made with the value. So is, on a CPU, the gradient of
+    the weight from the sum of all log p, since mostly all tokens count alike: where they turn out to, nothing is
+    computed twice; where they do not, or on another device, logits are computed again for the weight.
     """
     if torch.is_autocast_enabled(states.device.type):
         dtype = torch.get_autocast_dtype(states.device.type)
@@ -43,12 +43,15 @@ class _TokenLogLikelihood(torch.autograd.Function):
         at_once = wants_weight and states.device.type == "cpu" and not torch.compiler.is_compiling()
         slope_of_weight = torch.zeros_like(weight, dtype=precise) if at_once else None
         for part in _parts(states, weight):
-            log_probabilities = (states[part] @ weight.T).log_softmax(-1, dtype=precise)
-            here = targets[part, None]
-            chosen[part] = log_probabilities.gather(-1, here)[:, 0]
+            # in place: memory that is new to the process costs as much as the softmax
+            logits, here = (states[part] @ weight.T).to(precise), targets[part, None]
+            logits.sub_(logits.amax(-1, keepdim=True))
+            of_targets = logits.gather(-1, here)
+            totals = logits.exp_().sum(-1, keepdim=True)
+            chosen[part] = (of_targets - totals.log())[:, 0]
             if slope is None and slope_of_weight is None:
                 continue
-            excess = log_probabilities.exp_()  # ∂ −log p / ∂ logits
+            excess = logits.div_(totals)  # ∂ −log p / ∂ logits
             excess = excess.scatter_add_(1, here, excess.new_full(here.shape, -1.0)).to(weight.dtype)
             if slope is not None:
                 torch.neg(excess @ weight, out=slope[part])
