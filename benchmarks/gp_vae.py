@@ -5,8 +5,9 @@ causal convolutional encoder, a posterior that is diagonal over time, an RBF pri
 three horizons, label smoothing, the embedding regulariser. --encoder separable (SEQ) or full (PARA). A step is forward,
 backward and fused AdamW's update. Rounds take the sides in turn; medians and bests over rounds.
 
-The other side is `Restated`: the same layers, sizes and mathematics (its encoder causal and its time in steps, as ours;
-its factor in float64, since float32 is wrong), with logits for all tokens and `cross_entropy`, and so for each horizon.
+The other side is `Restated`: the same layers, sizes and mathematics (its encoder causal, its time in steps and the
+embeddings it compares of unit mean square, as ours; its factor in float64, since float32 is wrong), with logits for all
+tokens and `cross_entropy`, and so for each horizon.
 
     as published      the T × T factor is broadcast over the batch · latent dimensions, each solved by itself
     with one solve    they are columns of one solve, to show how much of the ratio is the Gaussian process
@@ -20,6 +21,7 @@ to the largest number of each gradient. Peak memory is how far three steps raise
 import argparse
 import importlib.metadata
 import json
+import math
 import multiprocessing
 import statistics
 import time
@@ -157,7 +159,7 @@ class Restated(nn.Module):
 
     def forward(self, tokens: Tensor, noise: Tensor | None = None) -> Tensor:
         """What is trained on, in nats per token."""
-        embedded = self.embed_tokens(tokens)
+        embedded = math.sqrt(WIDTH) * F.normalize(self.embed_tokens(tokens), dim=-1)
         mean, log_variance = self.encoder(embedded)
         noise = torch.randn_like(mean) if noise is None else noise
         states = self.decoder(mean + (0.5 * log_variance).exp() * noise)
@@ -188,7 +190,7 @@ def our_model(form: str, vocabulary: int, length: int) -> Any:
         posterior="diagonal",
         kernel_lengthscale=LENGTHSCALE,
         kernel_nugget=NUGGET,
-        encoder=form,
+        encoder_type=form,
         encoder_kernel_size=setting["kernel"],
         encoder_dilations=setting["dilations"],
         label_smoothing=setting["smoothing"],
