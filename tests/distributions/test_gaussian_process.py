@@ -347,3 +347,14 @@ def test_toeplitz_keeps_no_square_matrix():
         total = process.log_prob(randn(512, 1)) + process.entropy() + process.color(randn(512, 1)).sum()
         total.backward()
     assert 0 < largest < 512 * 512 / 8
+
+
+def test_a_factor_made_without_gradients_is_not_taken_where_they_are_wanted():
+    process = GaussianProcess(RBF(3.0), torch.arange(6.0), nugget=0.1)
+    value = torch.randn(6, 1, dtype=torch.float64)
+    with torch.no_grad():
+        before = process.log_prob(value)
+    after = process.log_prob(value)
+    assert torch.equal(before, after)
+    after.backward()
+    assert float(process.kernel.log_lengthscale.grad.abs()) > 0

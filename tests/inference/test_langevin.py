@@ -4,11 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tests.toy import linear_gaussian, moved, padded, small_model, texts, three_verbs
+from tests.toy import VOCABULARY, linear_gaussian, moved, padded, small_model, texts, three_verbs
 from torch.distributions import Normal
 
-from latentlm import InputError
-from latentlm.distributions import Stream, diagonal_gaussian, sequence_keys, sequence_noise
+from latentlm import InputError, LatentLM, LatentLMConfig
+from latentlm.distributions import RBF, GaussianProcess, Stream, diagonal_gaussian, sequence_keys, sequence_noise
 from latentlm.inference import langevin
 
 TOYS = pytest.mark.parametrize(
@@ -73,6 +73,108 @@ def test_too_long_a_step_diverges():
     """Above 2v, as its docstring says: with v ≤ 1 a step of 2.2 always."""
     found = run(linear_gaussian(), texts(5, 9), steps=12, step_size=2.2, temperature=0.0)
     assert found.abs().max() > 1e3
+
+
+# ---- in the noise of a smooth process --------------------------------------------------------------------------------
+
+
+class Measured(LatentLM):
+    """Token t measures each of 2 dimensions of z_t, a smooth process, with a precision of its own.
+
+    Its likelihood is a density of what was measured. In z the posterior's precision has eigenvalues from about 1 to
+    1 / nugget; in the noise w of z = L w, from 1 to about 10.
+    """
+
+    config_class = LatentLMConfig
+    dim, nugget = 2, 1e-4
+
+    def __init__(self, config):
+        super().__init__(config)
+        generator = torch.Generator().manual_seed(0)
+        self.kernel = RBF(4.0)
+        self.register_buffer("value", torch.randn(config.vocab_size, self.dim, generator=generator))
+        self.register_buffer("precision", 0.3 + torch.rand(config.vocab_size, generator=generator))
+        self.post_init()
+
+    def prior(self, batch_size, lengths, condition=None):
+        lengths = torch.as_tensor(lengths).expand(batch_size)
+        times = torch.arange(int(lengths.max())).double()
+        return GaussianProcess(self.kernel, times, self.dim, self.nugget, lengths=lengths)
+
+    def log_likelihood(self, latents, input_ids, attention_mask=None, condition=None):
+        tokens = input_ids[:, 1:]
+        scale = self.precision[tokens].rsqrt()[..., None]
+        log_density = Normal(latents, scale).log_prob(self.value[tokens]).sum(-1)
+        return log_density.masked_fill(~self.scored_tokens(input_ids, attention_mask), 0.0)
+
+    def exact(self, input_ids, length):
+        """Of rows of one length, in float64: Σ, Σ⁻¹ + R⁻¹ and the posterior's mean [batch, length, dim]."""
+        tokens, times = input_ids[:, 1 : length + 1], torch.arange(length).double()
+        covariance = self.kernel(times[:, None] - times)[0].detach() + self.nugget * torch.eye(length).double()
+        measured = torch.diag_embed(self.precision[tokens].double())
+        gain = torch.linalg.solve(covariance + measured.inverse(), covariance.expand_as(measured)).mT
+        precision = covariance.inverse() + measured
+        return covariance, precision, gain @ self.value[tokens].double()
+
+
+def measured():
+    return Measured(LatentLMConfig(vocab_size=VOCABULARY)).eval()
+
+
+def test_every_step_is_the_recursion_of_the_noise():
+    """w ← w + s (Lᵀ R⁻¹ (y − L w) − w) + √(2 s τ) ε, for rows of their own lengths, with torch's L in float64."""
+    model, lengths, step_size = measured(), [13, 6, 2], 0.05
+    input_ids, mask = padded(texts(3, 13), lengths, "right")
+    keys = sequence_keys(input_ids, mask)
+    w = sequence_noise(keys, (12, 2), seed=5, stream=Stream.LANGEVIN).double()
+    for steps in range(4):
+        found = run(model, input_ids, mask, steps=steps, step_size=step_size, seed=5).double()
+        noise = sequence_noise(keys, (12, 2), seed=5, stream=Stream.LANGEVIN, step=steps + 1).double()
+        for row, length in enumerate(n - 1 for n in lengths):
+            factor = torch.linalg.cholesky(model.exact(input_ids[row : row + 1], length)[0])
+            tokens, own = input_ids[row, 1 : length + 1], w[row, :length]
+            torch.testing.assert_close(found[row, :length], factor @ own, atol=1e-5, rtol=0)
+            assert bool((found[row, length:] == 0).all())
+            missed = model.precision[tokens].double()[:, None] * (model.value[tokens].double() - factor @ own)
+            w[row, :length] = own + step_size * (factor.T @ missed - own) + (2 * step_size) ** 0.5 * noise[row, :length]
+
+
+def test_many_chains_of_a_smooth_process_have_the_exact_mean_and_nearly_the_variance():
+    """1,500 texts, each in its own stationary deviations: of precision P in w, a covariance of (P (1 − s P / 2))⁻¹."""
+    model, step_size, number = measured(), 0.04, 1500
+    input_ids = texts(number, 13)
+    found = run(model, input_ids, steps=150, step_size=step_size).double()
+    covariance, precision, mean = model.exact(input_ids, 12)
+    factor = torch.linalg.cholesky(covariance)
+    of_noise = factor.T @ precision @ factor
+    assert (1 - step_size) ** 150 < 5e-3 and float(torch.linalg.eigvalsh(of_noise).max()) * step_size < 0.6
+    # exactly normal in the stationary law of the steps
+    values, vectors = torch.linalg.eigh(of_noise)
+    white = vectors.mT @ torch.linalg.solve_triangular(factor, found - mean, upper=False)
+    standard = white * (values * (1 - step_size * values / 2)).sqrt()[..., None]
+    assert bool((standard.mean(0).abs() < 5 / number**0.5).all())
+    assert bool((standard.var(0) - 1).abs().max() < 5 * (2 / number) ** 0.5)
+    # and the posterior's own, but for the steps' length
+    deviation = precision.inverse().diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
+    own = (found - mean) / deviation
+    assert bool((own.mean(0).abs() < 5 * 1.2 / number**0.5).all())
+    assert 0.98 < float(own.square().mean()) < 1.25
+
+
+def test_chains_of_a_smooth_process_arrive_where_chains_in_z_have_hardly_left():
+    """A chain in z is steady for steps below 2 / λ, of its precision's largest λ: here 2e-4."""
+    model, input_ids, steps = measured(), texts(4, 13), 120
+    covariance, precision, mean = model.exact(input_ids, 12)
+    start = torch.full((4, 12, 2), 3.0)
+    largest, least = (float(values) for values in torch.linalg.eigvalsh(precision).aminmax()[::-1])
+    assert 2 / largest < 3e-4 and least < 2.0
+    z = torch.linalg.cholesky(covariance) @ start.double()
+    far = (z - mean).norm()
+    for _ in range(steps):
+        z = z + (1 / largest) * precision @ (mean - z)
+    assert float((z - mean).norm()) > 0.9 * float(far)
+    found = run(model, input_ids, start=start, steps=steps, step_size=0.1, temperature=0.0)
+    assert float((found.double() - mean).norm()) < 1e-3 * float(far)
 
 
 # ---- where it starts, and its noise ----------------------------------------------------------------------------------

@@ -3,6 +3,12 @@
 from tests.invariants.mistakes import DEEP, Row, write
 
 DIVERGING = "training.learning_rate=1e30"
+GP_VAE = """\
+model: {family: gp_vae, hidden_size: 16, num_attention_heads: 2, latent_size: 4, encoder_dilations: [1, 2]}
+data: {source: texts.txt, unit: sentences, length: 8, vocab_size: 300}
+training: {max_steps: 2, per_device_train_batch_size: 2, save_strategy: "no", eval_strategy: "no", report_to: none,
+           use_cpu: true}
+"""
 
 RECIPES_TABLE = [
     # ---- recipes
@@ -101,6 +107,32 @@ RECIPES_TABLE = [
                 "model.inference=amortised encoder.initial=model data.vocab_size=280",
                 "the encoder of model does not know this vocabulary: give data.tokenizer=model",
             ),
+        )
+    ),
+    # ---- trajectories
+    *(
+        Row(f"GP-VAE: {name}", f"train gp.yaml {settings}", says, write("gp.yaml", GP_VAE))
+        for name, settings, says in (
+            ("no such kernel", "model.kernel=linear", "expected one of .*white.*, got linear"),
+            ("groups that do not fit", "model.kernel_groups=3", "must be a multiple of kernel_groups"),
+            ("a lengthscale of nothing", "model.kernel_lengthscale=0", "kernel_lengthscale must be a number above 0"),
+            ("three lengthscales", "model.kernel_lengthscale=[1,2,3]", "must be a number above 0, or two"),
+            ("two lengthscales of one kernel", "model.kernel_lengthscale=[1,2]", "need kernel_groups to be spread"),
+            ("no nugget", "model.kernel_nugget=0", "kernel_nugget must be a number above 0"),
+            ("a white kernel in groups", "model.kernel=white model.kernel_groups=2", "leave kernel_groups at 1"),
+            ("steps in z", "model.inference=gradient", "in whitened coordinates: set posterior to whitened"),
+            (
+                "a start for each number",
+                "model.inference=gradient model.posterior=whitened model.inference_start=learned",
+                "a trajectory is as long as its text",
+            ),
+            ("batch norm", "model.encoder_batch_norm=0.5", "a trajectory is as long as its text"),
+            ("no convolution", "model.encoder_dilations=[]", "encoder_dilations must be numbers from 1 on"),
+            ("no kernel", "model.encoder_kernel_size=0", "encoder_kernel_size must be at least 1"),
+            ("smoothing all away", "model.label_smoothing=1", r"label_smoothing must be in \[0, 1\)"),
+            ("horizons", "model.horizons=-1", "horizons must be a number from 0 on"),
+            ("ends of blocks", "data.unit=blocks model.length_model=categorical", "set it to none"),
+            ("no such posterior", "model.posterior=site", "expected one of .*sites.*, got site"),
         )
     ),
     # ---- sweeps

@@ -1,4 +1,4 @@
-"""The encoder sees all of the text and nothing of its padding; pooling against loops."""
+"""The encoder sees all of the text, or all until now, and nothing of its padding; pooling against loops."""
 
 import math
 
@@ -114,6 +114,78 @@ def test_a_batch_of_one_and_a_text_of_one_position(x, batch, time):
     assert pooled.shape == (batch, 3, 16)
     if time == 1:  # a softmax over one position is 1
         torch.testing.assert_close(pooled, pool.output(pool.value(states)).expand(-1, 3, -1), atol=1e-12, rtol=0)
+
+
+def causal(*, layers=2, window=None, attention="sdpa") -> TransformerEncoder:
+    """With the weights of `encoder`; the config's window is its own."""
+    both_ways = encoder(layers=layers, attention=attention, sliding_window=window)
+    model = TransformerEncoder(both_ways.config, layers, causal=True).double().eval()
+    model.load_state_dict(both_ways.state_dict())
+    return model
+
+
+EACH_WINDOW = pytest.mark.parametrize("window", [1, 3, None])
+EACH_ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+
+
+@EACH_WINDOW
+@EACH_ATTENTION
+def test_a_causal_state_sees_the_times_until_its_own(x, attention, window):
+    """All of them, or so many as a window has; through two layers, two windows."""
+    for layers in (1, 2):
+        model, x = causal(layers=layers, window=window, attention=attention), x.detach().requires_grad_()
+        weight = torch.linspace(1, 2, 16, dtype=torch.float64)
+        for mask in (None, torch.ones(3, 7, dtype=torch.int64)):
+            states = model(x, mask)
+            for t in range(7):
+                (gradient,) = torch.autograd.grad((states[:, t] * weight).sum(), x, retain_graph=True)
+                first = 0 if window is None else max(0, t - layers * (window - 1))
+                seen = torch.arange(7).ge(first) & torch.arange(7).le(t)
+                assert torch.equal((gradient != 0).any(-1), seen.expand(3, -1))
+
+
+@EACH_WINDOW
+@EACH_ATTENTION
+def test_a_change_at_t_changes_no_causal_state_before(x, attention, window):
+    model = causal(window=window, attention=attention)
+    states = model(x)
+    for t in range(7):
+        other = x.clone()
+        other[:, t] += 1.0
+        changed = model(other)
+        torch.testing.assert_close(changed[:, :t], states[:, :t], atol=1e-12, rtol=0)
+        assert (changed[:, t] - states[:, t]).abs().max() > 1e-3
+        assert window == 1 or t == 6 or (changed[:, t + 1] - states[:, t + 1]).abs().max() > 1e-4
+
+
+@EACH_WINDOW
+@EACH_ATTENTION
+def test_a_causal_state_is_the_last_one_of_what_it_sees(x, attention, window):
+    """Of one layer that looks both ways over no more; rotary positions know distances alone."""
+    model, both_ways = causal(layers=1, window=window, attention=attention), encoder(layers=1, attention=attention)
+    states = model(x)
+    for t in range(7):
+        first = 0 if window is None else max(0, t + 1 - window)
+        expected = both_ways(x[:, first : t + 1])[:, -1]
+        torch.testing.assert_close(states[:, t], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@EACH_WINDOW
+@EACH_ATTENTION
+def test_padding_changes_no_causal_state(x, attention, window, side):
+    # in float32, since transformers' eager softmax is float32's, which holds no float64 mask of a position without any
+    model, x = causal(window=window, attention=attention).float(), x.float()
+    rows, mask = placed(x, side, 10)
+    states = model(rows, mask)
+    assert torch.isfinite(states).all()
+    for row, length in enumerate(LENGTHS):
+        found = states[row][mask[row].bool()]
+        torch.testing.assert_close(found, model(x[row : row + 1, :length])[0], atol=1e-5, rtol=0)
+    if side == "right":  # where a mask is not needed for the text's own states
+        unmasked = model(rows)
+        for row, length in enumerate(LENGTHS):
+            torch.testing.assert_close(unmasked[row, :length], states[row, :length], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])

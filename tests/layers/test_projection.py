@@ -44,6 +44,29 @@ def test_value_and_gradients(wanted):
 
 
 @pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_tokens_that_count_alike_and_tokens_that_do_not(alike, dtype, monkeypatch):
+    """The gradient of the weight is made with the value where they do, and by a second projection where they do not."""
+    states, weight, targets = inputs(dtype)
+    states.requires_grad_(), weight.requires_grad_()
+    found = token_log_likelihood(states, weight, targets)
+    gradient = torch.full_like(found, -0.3)
+    if not alike:
+        gradient[2] = 0.0
+    expected = torch.autograd.grad(reference(states.double(), weight.double(), targets), (states, weight), gradient)
+    again, products = [], projection._subtract_product
+    monkeypatch.setattr(projection, "_subtract_product", lambda *given: (again.append(1), products(*given)))
+    ours = torch.autograd.grad(found, (states, weight), gradient, retain_graph=True)
+    assert bool(again) != alike
+    twice = torch.autograd.grad(found, (states, weight), gradient)
+    for one, other, plain in zip(ours, twice, expected, strict=True):
+        close = {"atol": 1e-12, "rtol": 0} if dtype == torch.float64 else {"atol": 0.05, "rtol": 0.05}
+        torch.testing.assert_close(one, plain, **close)
+        assert torch.equal(one, other)
+
+
+@pytest.mark.usefixtures("parts")
 def test_gradients_by_finite_differences():
     states, weight, targets = inputs()
     assert torch.autograd.gradcheck(token_log_likelihood, (states.requires_grad_(), weight.requires_grad_(), targets))

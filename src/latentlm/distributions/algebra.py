@@ -116,8 +116,7 @@ class Dense(Algebra):
         if not self.factor.shape[-1]:
             return self.factor.new_zeros(len(lengths), len(self.factor), 0)
         until = self._inverse(self.factor).square().cumsum(-2)
-        last = (lengths - 1).clamp_min(0)
-        return until[:, last].transpose(0, 1) * (lengths > 0)[:, None, None]
+        return torch.nn.functional.pad(until, (0, 0, 1, 0))[:, lengths].transpose(0, 1)  # nothing until the first
 
     def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
         inverse, scale, total = self._detached_inverse, self.factor.diagonal(dim1=-2, dim2=-1), self.factor.shape[-1]

@@ -78,6 +78,7 @@ class GaussianProcess(Distribution):
         self.algebra_name = _chosen(algebra, kernel, self.times)
         self.inducing = inducing
         self._algebra: Algebra | None = None
+        self._algebra_learns = False  # one made without gradients is of no use where they are wanted
         self._sequential = False
         super().__init__(
             torch.Size() if lengths is None else lengths.shape, torch.Size((len(times), dim)), validate_args=False
@@ -121,8 +122,8 @@ class GaussianProcess(Distribution):
     @property
     def algebra(self) -> Algebra:
         """That of K + nugget, made when it is first asked for."""
-        if self._algebra is None:
-            self._algebra = self.with_noise(self.noise(self.groups))
+        if self._algebra is None or (torch.is_grad_enabled() and not self._algebra_learns):
+            self._algebra, self._algebra_learns = self.with_noise(self.noise(self.groups)), torch.is_grad_enabled()
         return self._algebra
 
     def noise(self, groups: int) -> Float[Tensor, "groups T"]:
@@ -162,8 +163,9 @@ class GaussianProcess(Distribution):
         """L ε: the trajectory that white noise makes, each time from noise until then (PARA: all times at once)."""
         rows, lengths, leading = self._rows(noise)
         if self._sequential:
-            each = noise.expand(*leading, *self.event_shape).reshape(math.prod(leading), *self.event_shape)
-            path = torch.stack(list(self.steps(each)), 1) if each.shape[1] else each
+            each = noise.expand(*leading, *self.event_shape).reshape(len(rows), *self.event_shape)
+            with torch.no_grad():
+                path = torch.stack(list(self.steps(each)), 1) if each.shape[1] else each
             return self._shaped(cut(self._grouped(path), lengths), noise)
         return self._shaped(cut(self.algebra.color(rows), lengths), noise)
 
@@ -202,8 +204,14 @@ class GaussianProcess(Distribution):
         other = GaussianProcess(
             self.kernel, self.times, self.dim, self.nugget, self.algebra_name, lengths=lengths, inducing=self.inducing
         )
-        other._algebra, other._sequential = self._algebra, self._sequential
+        other._algebra, other._algebra_learns = self._algebra, self._algebra_learns
+        other._sequential = self._sequential
         return other
+
+    def same_law(self, other: "GaussianProcess") -> bool:
+        """Whether rows of one length have one law in both; asks for one kernel object, not for equal numbers."""
+        same = self.kernel is other.kernel and (self.dim, len(self.times)) == (other.dim, len(other.times))
+        return same and torch.equal(self.nugget, other.nugget) and torch.equal(self.times, other.times)
 
     def row_lengths(self, rows: int) -> Int64[Tensor, " rows"]:
         return self._lengths().expand(rows)
@@ -227,6 +235,7 @@ class GaussianProcess(Distribution):
         if tuple(value.shape[-2:]) != tuple(self.event_shape):
             raise InputError(f"a trajectory of shape {list(value.shape)} does not end in {list(self.event_shape)}.")
         leading = torch.broadcast_shapes(value.shape[:-2], self.batch_shape)
+        # counted, since there is nothing to infer it from where a trajectory has no times
         value = value.expand(*leading, *self.event_shape).reshape(math.prod(leading), *self.event_shape)
         lengths = self._lengths().expand(leading or (1,)).reshape(-1)
         return self._grouped(value.double()), lengths, leading
@@ -313,7 +322,7 @@ def kl_of_diagonal_per_dimension(posterior: Independent, prior: GaussianProcess)
         raise NotImplementedError
     mean, scale = posterior.base_dist.loc, posterior.base_dist.scale
     rows, lengths, leading = prior._rows(mean)
-    scale = scale.expand(*leading, *prior.event_shape).reshape(math.prod(leading), *prior.event_shape)
+    scale = scale.expand(*leading, *prior.event_shape).reshape(len(rows), *prior.event_shape)
     algebra = prior.algebra
     diagonal = prior._of_lengths(algebra.precision_diagonal, lengths)
     logs = 2 * cut(prior._grouped(scale.log()), lengths).sum(-2, dtype=torch.float64)

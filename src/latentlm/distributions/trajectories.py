@@ -310,14 +310,14 @@ def _(posterior: Any, prior: GaussianProcess) -> Float[Tensor, " batch"]:
 @kl_per_dimension.register(WhitenedGaussian)
 @kl_per_dimension.register(DiagonalTrajectory)
 def _(posterior: Any, prior: Distribution) -> Float[Tensor, "batch dim"]:
-    if not isinstance(prior, GaussianProcess) or posterior.prior.kernel is not prior.kernel:
+    if not isinstance(prior, GaussianProcess) or not posterior.prior.same_law(prior):
         raise NotImplementedError("the KL of a trajectory is to the process that it was made of")
     return posterior.kl()
 
 
 @register_kl(WhitenedGaussian, WhitenedGaussian)
 def _(one: WhitenedGaussian, other: WhitenedGaussian) -> Float[Tensor, " batch"]:
-    if one.prior.kernel is not other.prior.kernel:
+    if not one.prior.same_law(other.prior):
         raise NotImplementedError("the KL of two whitened trajectories is that of the noise one process makes them of")
     said = kl_divergence(one.white.base_dist, other.white.base_dist)
     return cut(said[:, None], one.prior.row_lengths(one.batch_shape[0])).sum((1, 2, 3))

@@ -288,7 +288,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         condition: Any = None,
     ) -> tuple[Float[Tensor, "batch times size"], Float[Tensor, "batch times size"]]:
         text = self.aligned(input_ids, attention_mask)
-        x = self.embed_tokens(text.tokens)
+        x = self.embedded(text.tokens)
         if self._seen is not None:
             x = x * text.take(self._seen[:, 1:])[..., None]
         if not x.shape[1]:  # BOS alone, which convolutions and attention refuse
@@ -301,6 +301,14 @@ class GPVAE(ParallelLatentLM, VariationalLM):
     ) -> Float[Tensor, "rows time hidden"]:
         real = torch.arange(latents.shape[1], device=latents.device) < lengths[:, None]
         return self.decoder(latents.to(self.dtype), real.long())
+
+    def embedded(self, tokens: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch time hidden"]:
+        """What the encoder reads: of unit mean square, beside which the outputs of its blocks are not large.
+
+        With the small numbers that embeddings begin with, convolutions drown the token itself in its neighbours, and z
+        dies (docs/results.md).
+        """
+        return math.sqrt(self.config.hidden_size) * F.normalize(self.embed_tokens(tokens), dim=-1)
 
     def vocabulary(self) -> Float[Tensor, "vocabulary hidden"]:
         return F.normalize(self.embed_tokens.weight, dim=-1)
@@ -356,7 +364,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
             later = score_tokens(horizon(states[:, :-ahead]), words, targets[:, ahead:], real[:, ahead:])
             charges.append(F.pad(later, (0, ahead)) * (-config.horizon_weight / ahead))
         if config.embedding_regulariser:
-            embedded = self.embed_tokens(text.tokens)
+            embedded = self.embedded(text.tokens)
             distance = 1 - F.cosine_similarity(states, embedded, dim=-1) + (states - embedded).square().mean(-1)
             charges.append(config.embedding_regulariser * distance.float().masked_fill(~text.real, 0.0))
         return text.back(each), torch.stack(charges).sum((0, 2)) if charges else None

@@ -20,8 +20,9 @@ def token_log_likelihood(
     """log softmax(states weightᵀ) at the targets, in nats, float32 (float64 for float64 states).
 
     Equal to `-cross_entropy(linear(states, weight), targets, reduction="none")`, but works on a part of the tokens at
-    a time. Where only the states need a gradient (gradient inference), ∂ log p / ∂ state = weight[target] − E_p[weight]
-    is made with the value and nothing is computed twice; where the weight needs one, logits are computed again for it.
+    a time. ∂ log p / ∂ state = weight[target] − E_p[weight] is made with the value. So is, on a CPU, the gradient of
+    the weight from the sum of all log p, since mostly all tokens count alike: where they turn out to, nothing is
+    computed twice; where they do not, or on another device, logits are computed again for the weight.
     """
     if torch.is_autocast_enabled(states.device.type):
         dtype = torch.get_autocast_dtype(states.device.type)
@@ -38,30 +39,52 @@ class _TokenLogLikelihood(torch.autograd.Function):
         chosen = torch.empty(len(states), dtype=precise, device=states.device)
         wants_states, wants_weight, _ = ctx.needs_input_grad
         slope = torch.empty_like(states) if wants_states else None
+        # whether it will do is a question to the data: elsewhere that would wait for the device, or cut the graph
+        at_once = wants_weight and states.device.type == "cpu" and not torch.compiler.is_compiling()
+        slope_of_weight = torch.zeros_like(weight, dtype=precise) if at_once else None
         for part in _parts(states, weight):
-            log_probabilities = (states[part] @ weight.T).log_softmax(-1, dtype=precise)
-            chosen[part] = log_probabilities.gather(-1, targets[part, None])[:, 0]
+            # in place: memory that is new to the process costs as much as the softmax
+            logits, here = (states[part] @ weight.T).to(precise), targets[part, None]
+            logits.sub_(logits.amax(-1, keepdim=True))
+            of_targets = logits.gather(-1, here)
+            totals = logits.exp_().sum(-1, keepdim=True)
+            chosen[part] = (of_targets - totals.log())[:, 0]
+            if slope is None and slope_of_weight is None:
+                continue
+            excess = logits.div_(totals)  # ∂ −log p / ∂ logits
+            excess = excess.scatter_add_(1, here, excess.new_full(here.shape, -1.0)).to(weight.dtype)
             if slope is not None:
-                probabilities = log_probabilities.exp_().to(weight.dtype)
-                torch.sub(weight[targets[part]], probabilities @ weight, out=slope[part])
-        ctx.save_for_backward(slope, *((states, weight, targets) if wants_weight else ()))
+                torch.neg(excess @ weight, out=slope[part])
+            if slope_of_weight is not None:
+                _subtract_product(slope_of_weight, excess.T, states[part])
+        ctx.save_for_backward(slope, slope_of_weight, *((states, weight, targets) if wants_weight else ()))
         return chosen
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        slope, *rest = ctx.saved_tensors
+        slope, slope_of_weight, *rest = ctx.saved_tensors
         gradient_of_states = None if slope is None else (gradient[:, None] * slope).to(slope.dtype)
         if not rest:
             return gradient_of_states, None, None
         states, weight, targets = rest
+        if slope_of_weight is not None and bool((gradient == gradient[:1]).all()):
+            return gradient_of_states, (gradient[:1].sum() * slope_of_weight).to(weight.dtype), None
         gradient_of_weight = torch.zeros_like(weight, dtype=gradient.dtype)
         for part in _parts(states, weight):
             weights = (states[part] @ weight.T).softmax(-1, dtype=gradient.dtype)
-            weights.mul_(-gradient[part, None])
-            weights.scatter_add_(1, targets[part, None], gradient[part, None])
-            gradient_of_weight += weights.to(states.dtype).T @ states[part]
+            weights.mul_(gradient[part, None])
+            weights.scatter_add_(1, targets[part, None], -gradient[part, None])
+            _subtract_product(gradient_of_weight, weights.to(states.dtype).T, states[part])
         return gradient_of_states, gradient_of_weight.to(weight.dtype), None
+
+
+def _subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total −= left right, without another matrix of its size where all are of one type."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right, alpha=-1)
+    else:
+        total -= left @ right
 
 
 def _parts(states: Tensor, weight: Tensor) -> list[slice]:

@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 _LARGEST_COUNT = 2**31 - 1
 _MOST_AGGRESSIVE = 1000
 # fields by which an encoder's weights mean something else, without another shape
-_SHAPING = ("num_attention_heads", "rope_theta", "rms_norm_eps", "pooling", "encoder_batch_norm")
+_SHAPING = (
+    "num_attention_heads",
+    "rope_theta",
+    "rms_norm_eps",
+    "pooling",
+    "encoder_batch_norm",
+    "encoder_type",
+    "encoder_dilations",
+    "posterior",
+)
 
 
 @strict
