@@ -151,11 +151,13 @@ class LatentStatistics:
 
 
 def _kl_per_dimension(posterior: Distribution, prior: Distribution) -> Float64[Tensor, "batch *dimensions"]:
-    """NaN where a KL has no parts that belong to dimensions."""
+    """NaN where a KL has no parts that belong to numbers, or of a trajectory to dimensions."""
+    nothing = torch.full((posterior.batch_shape[0], 1), math.nan, dtype=torch.double, device=posterior.mean.device)
     try:
-        return kl_per_dimension(posterior, prior).double()
+        kl = kl_per_dimension(posterior, prior).double()
     except TypeError:
-        return torch.full((posterior.batch_shape[0], 1), math.nan, dtype=torch.double, device=posterior.mean.device)
+        return nothing
+    return kl if isinstance(prior, GaussianProcess) or kl.shape == posterior.mean.shape else nothing
 
 
 def log_densities(
