@@ -341,6 +341,8 @@ def generate(
     room = loaded.config.max_position_embeddings - longest
     if max_new_tokens is None and room < 1:
         raise InputError(f"the prompt has {longest} tokens and fills the context of {longest + room}: shorten it.")
+    if rows is not None and loaded.latent_per_token:
+        room = max(min(room, rows.shape[1] - longest), 1)
     sampling: dict[str, Any] = (
         {"do_sample": False}
         if greedy
