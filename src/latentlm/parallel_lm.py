@@ -293,6 +293,8 @@ class ParallelLatentLM(WritesText):
             raise InputError("all tokens are written at once: there is no order for beams or for reinfer_every.")
         if kwargs:
             raise InputError(f"a {type(self).__name__} does not take {sorted(kwargs)[0]} to write text.")
+        if lengths is not None and latents is None:
+            raise InputError("lengths are those of given latents: give latents, too.")
         sampling = _sampling(temperature, top_k, top_p) if do_sample else None
         if latents is not None:
             size = self.prior(1, 1).event_shape[-1]
