@@ -1,14 +1,18 @@
 """Families that write all tokens at once: the model of the length, `generate`, continuations, files of trajectories."""
 
 import itertools
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from tests.toy import BOS, EOS, PAD, VOCABULARY, Rows, moved, padded, prior_latents, small_model, texts
+from tests.training.runs import unchecked
+from typer.testing import CliRunner
 
-from latentlm import InputError
+from latentlm import InputError, save
+from latentlm.cli import app
 from latentlm.data.tokenizers import train_tokenizer
 from latentlm.distributions import Stream, noise_shape, sample_from_noise, sequence_keys, sequence_noise
 from latentlm.evaluation.continuation import continuation
@@ -262,6 +266,7 @@ def test_tokens_are_drawn_from_what_is_decoded():
         ({"do_sample": True, "top_p": 0.0}, "top_p above 0 and at most 1"),
         ({"do_sample": True, "top_p": 1.5}, "top_p above 0 and at most 1"),
         ({"do_sample": True, "top_k": -1}, "top_k must be 0 or more"),
+        ({"lengths": torch.tensor([3, 3])}, "lengths are those of given latents"),
         ({"max_new_tokens": 0}, "must be at least 1"),
         ({"num_return_sequences": 0}, "must be at least 1"),
         ({"max_new_tokens": 30}, "a prompt of 3 tokens and 30 new ones exceed the model's context of 32"),
@@ -465,6 +470,22 @@ def test_trajectories_of_a_file_are_written_as_text(written, suffix, tmp_path):
         logits = states @ model.vocabulary().T
         logits[:, tokenizer.eos_token_id] = -math.inf
         assert found[row] == tokenizer.decode(logits.argmax(-1))
+
+
+def test_trajectories_go_through_the_command_line(written, tmp_path):
+    model, tokenizer, encoding = written
+    save(model, tokenizer, tmp_path / "m")
+    given = [part for text in TEXTS for part in ("--text", text)]
+    with unchecked():
+        encoded = CliRunner().invoke(app, ["encode", str(tmp_path / "m"), *given, "--output", str(tmp_path / "z.npz")])
+        options = ["--greedy", "--latents", str(tmp_path / "z.npz"), "--json", str(tmp_path / "texts.json")]
+        found = CliRunner().invoke(app, ["generate", str(tmp_path / "m"), *options])
+        too_long = CliRunner().invoke(app, ["generate", str(tmp_path / "m"), *options, "--prompt", 2 * TEXTS[2]])
+    assert encoded.exit_code == found.exit_code == 0
+    lengths = torch.tensor(encoding.lengths)
+    expected = write(model, tokenizer, latents=torch.tensor(encoding.mean), lengths=lengths)
+    assert json.loads((tmp_path / "texts.json").read_text())["texts"] == expected
+    assert isinstance(too_long.exception, InputError) and "do not reach over a prompt" in str(too_long.exception)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
