@@ -332,8 +332,9 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         bos = input_ids.gather(1, text.scored.long().argmax(1, keepdim=True))
         for length in text.lengths[text.lengths > 0].unique().tolist():
             rows, begun = text.lengths == length, length // 2
-            prompts = torch.cat((bos[rows], text.tokens[rows, :begun]), dim=1)
-            own = self.generate(prompts, max_new_tokens=length - begun, seed=seed)
+            # each prompt once: one that comes again would be written otherwise, and figures would know of batches
+            prompts, place = torch.cat((bos[rows], text.tokens[rows, :begun]), dim=1).unique(dim=0, return_inverse=True)
+            own = self.generate(prompts, max_new_tokens=length - begun, seed=seed)[place]
             mask = self.until_eos(own, begun + 1)
             posterior = self.infer(own, mask, seed=seed)
             keys = sequence_keys(own, mask)
