@@ -405,6 +405,18 @@ def test_the_statistics_have_the_kl_of_each_dimension(name):
     assert found["latent_units"] == 6 * 4
 
 
+@torch.no_grad()
+def test_texts_of_another_length_are_not_compared():
+    """Each text keeps its place among those that are."""
+    model, statistics = model_of(), LatentStatistics(6)
+    rows, mask = padded(texts(4, 7), [4, 7, 7, 7], "right")
+    q = model.infer(rows, mask)
+    statistics.add(q, model.prior(4, torch.tensor([3, 6, 6, 6])), q.rsample(), torch.tensor([-1, 2, 0, 1]))
+    assert statistics.count == 3
+    assert statistics.compared[0][3].tolist() == [2, 0, 1]
+    torch.testing.assert_close(statistics.compared[0][0].mean, q.mean[1:])
+
+
 def test_a_shorter_last_block_is_left_out_of_the_statistics_and_ragged_text_has_none():
     model, ids = model_of(), texts(12, 9)
     rows = [*ids]

@@ -37,7 +37,9 @@ def shard(model: LatentLM, *, blocks: bool = True, ends: bool = False, **options
     for module in model.modules():
         if blocks and isinstance(module, TransformerBlock):
             fully_shard(module, **options)
-    if ends:
+    if ends and model.get_output_embeddings() is None:
+        fully_shard(model.get_input_embeddings(), **options)
+    elif ends:
         fully_shard([model.embed_tokens, model.lm_head], **options | {"reshard_after_forward": False})
     return fully_shard(model, **options)
 
