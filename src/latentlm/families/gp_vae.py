@@ -311,7 +311,10 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         return math.sqrt(self.config.hidden_size) * F.normalize(self.embed_tokens(tokens), dim=-1)
 
     def vocabulary(self) -> Float[Tensor, "vocabulary hidden"]:
-        return F.normalize(self.embed_tokens.weight, dim=-1)
+        weight = self.embed_tokens.weight
+        if hasattr(weight, "full_tensor"):  # sharded by itself (accelerate), it is whole in its own forward alone
+            weight = self.embed_tokens(torch.arange(self.config.vocab_size, device=self.device))
+        return F.normalize(weight, dim=-1)
 
     @torch.no_grad()
     def published_nll(
