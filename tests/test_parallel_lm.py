@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 from latentlm import InputError, save
 from latentlm.cli import app
 from latentlm.data.tokenizers import train_tokenizer
-from latentlm.distributions import Stream, noise_shape, sample_from_noise, sequence_keys, sequence_noise
+from latentlm.distributions import (
+    GaussianProcess,
+    Stream,
+    noise_shape,
+    sample_from_noise,
+    sequence_keys,
+    sequence_noise,
+)
 from latentlm.evaluation.continuation import continuation
 from latentlm.evaluation.measure import measure
 from latentlm.evaluation.published import published_figures
@@ -147,13 +154,18 @@ PROMPTS = {
 @pytest.mark.parametrize("given", PROMPTS)
 @pytest.mark.parametrize("ragged", [{}, RAGGED], ids=["blocks", "ragged"])
 @pytest.mark.parametrize("kernel", ["rbf", "matern32"])
-def test_one_time_after_another_or_all_at_once_is_the_same_text(kernel, ragged, given):
+def test_one_time_after_another_or_all_at_once_is_the_same_text(kernel, ragged, given, monkeypatch):
     model, prompts = model_of(kernel=kernel, **ragged), PROMPTS[given]()
+    asked, steps = [], GaussianProcess.steps
+    monkeypatch.setattr(GaussianProcess, "steps", lambda *args: asked.append(args) or steps(*args))
     options = {"max_new_tokens": 9, "num_return_sequences": 2}
     for seed, sampling in ((0, False), (1, False), (0, True)):
         options |= {"seed": seed, "do_sample": sampling}
         found = model.generate(**prompts, **options, sequential=True)
+        assert asked
+        asked.clear()
         assert torch.equal(found, model.generate(**prompts, **options))
+        assert not asked
     assert len(set(map(tuple, found.tolist()))) == len(found)
 
 
