@@ -8,6 +8,7 @@ standard deviation L_tt: log p of a prefix is the sum of its own terms, and padd
 Values are [B, G, T, R]; noise is [G, T], or [B, G, T] where each row has its own. Everything is float64.
 """
 
+import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -68,12 +69,16 @@ class Algebra:
             drawn = noise[:, begin + known - begun : t - begun]
             target = scales[:, known : known + drawn.shape[1], None] * drawn
             target -= (forecasts[:, :, :begin] @ past[:, :begin])[:, known : known + drawn.shape[1]]
-            within = forecasts[:, :, None, begin:].unbind(1)
-            for place, value in enumerate(target.unbind(1), known):
-                if place:
-                    value = torch.baddbmm(value[:, None], within[place][..., :place], piece[:, :place], alpha=-1)[:, 0]
-                piece[:, place] = value
+            target -= forecasts[:, known : known + drawn.shape[1], begin : begin + known] @ piece[:, :known]
+            # what each value tells of those after it in this piece
+            tells = forecasts[:, known:, begin + known :].unbind(2)
+            for place in range(1, drawn.shape[1] + 1):
+                value = target[:, place - 1]
                 yield value
+                if place < drawn.shape[1]:
+                    later = tells[place - 1][:, place : drawn.shape[1], None]
+                    target[:, place:].baddbmm_(later, value[:, None], alpha=-1)
+            piece[:, known : known + drawn.shape[1]] = target
             past = torch.cat((past[:, :begin], piece), 1)
 
     def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
@@ -219,10 +224,15 @@ class Toeplitz(Algebra):
         return torch.cat(outputs, -2)
 
     def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
-        forecast, variance = self._first_forecast()
+        steps = _durbin(self.covariance, self.covariance.shape[-1])
         for begin, number in self._pieces():
-            rows, variances, forecast, variance = _forecast_rows(self.covariance, forecast, variance, begin, number)
-            yield rows, variances.sqrt()
+            rows = np.zeros((len(self.covariance), number, begin + number))
+            variances = np.empty(rows.shape[:2])
+            for place, (reached, variance) in enumerate(itertools.islice(steps, number)):
+                rows[:, place, : begin + place + 1] = reached[:, ::-1]
+                variances[:, place] = variance
+            device = self.covariance.device
+            yield torch.from_numpy(rows).to(device), torch.from_numpy(variances).to(device).sqrt()
 
     def _first_forecast(self) -> tuple[Tensor, Tensor]:
         first = self.covariance[:, 0]
@@ -269,6 +279,24 @@ def _along_piece(
     return torch.linalg.solve_triangular(triangle, target, upper=False, unitriangular=True), forecast, variance
 
 
+def _durbin(covariance: Tensor, number: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The same recursion without gradients: (1, f_1 … f_t) [G, t + 1], a view that the next step changes, and variance.
+
+    So many small steps one after another are numpy's on any device: a step of torch costs five times as much.
+    """
+    given = covariance.detach().cpu().numpy()
+    total, backwards = given.shape[-1], np.ascontiguousarray(given[:, ::-1])
+    forecast, variance = np.zeros_like(given), given[:, 0].copy()
+    forecast[:, 0] = 1.0
+    for t in range(number):
+        reached = forecast[:, : t + 1]
+        yield reached, variance
+        if t + 1 < number:
+            reflection = (reached * backwards[:, total - t - 2 : total - 1]).sum(-1) / -variance
+            forecast[:, 1 : t + 2] += reflection[:, None] * reached[:, ::-1]
+            variance = variance * (1 - reflection**2)
+
+
 class _Inverses(torch.autograd.Function):
     """Of the leading blocks of a Toeplitz matrix given by its column: the inverse's first column, and log |Σ|.
 
@@ -281,24 +309,15 @@ class _Inverses(torch.autograd.Function):
         groups, total = covariance.shape
         columns = np.zeros((len(lengths), groups, total))
         log_determinants = np.empty((len(lengths), groups))
-        # so many small steps one after another are numpy's on any device: a step of torch costs five times as much
-        given = covariance.detach().cpu().numpy()
-        backwards = np.ascontiguousarray(given[:, ::-1])
-        forecast, variance, log_determinant = np.zeros_like(given), given[:, 0].copy(), np.zeros(groups)
-        forecast[:, 0] = 1.0
-        for t in range(lengths[-1]):
+        log_determinant = np.zeros(groups)
+        for t, (reached, variance) in enumerate(_durbin(covariance, lengths[-1]), start=1):
             if not (variance > 0).all():  # a NaN is not above 0, either
                 raise NotPositiveError
             log_determinant += np.log(variance)
-            reached = forecast[:, : t + 1]
-            if t + 1 in lengths:
-                place = lengths.index(t + 1)
-                columns[place, :, : t + 1] = reached / variance[:, None]
+            if t in lengths:
+                place = lengths.index(t)
+                columns[place, :, :t] = reached / variance[:, None]
                 log_determinants[place] = log_determinant
-            if t + 1 < lengths[-1]:
-                reflection = (reached * backwards[:, total - t - 2 : total - 1]).sum(-1) / -variance
-                forecast[:, 1 : t + 2] += reflection[:, None] * reached[:, ::-1]
-                variance = variance * (1 - reflection**2)
         found = torch.from_numpy(columns).to(covariance.device)
         ctx.save_for_backward(found)
         ctx.lengths = lengths
