@@ -56,7 +56,8 @@ def octaves(means: Tensor) -> tuple[list[str], Tensor]:
     high = 1
     while high <= times // 2:
         parts.append(power[high : 2 * high].sum(0))
-        names.append(f"{times // (2 * high - 1) if high > 1 else times}–{times // high}" if high > 1 else f"{times}")
+        shortest, longest = times // min(2 * high - 1, times // 2), times // high
+        names.append(f"{shortest}–{longest}" if shortest < longest else str(longest))
         high *= 2
     return names, torch.stack(parts)
 
@@ -155,7 +156,7 @@ def main() -> None:
         rows_of.append((name, values))
         print(f"{name} | " + " | ".join(f"{value:.3f}" for value in values))
 
-    noise = torch.randn(64, times, size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(64, times, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     of_64 = model.prior(64, times)
     at_once, one_by_one = of_64.color(noise), of_64.sequentially().color(noise)
     difference = float((at_once - one_by_one).abs().max())

@@ -326,6 +326,10 @@ class ParallelLatentLM(WritesText):
                     )
                 ended = torch.full_like(begun, self.config.length_model != "none", dtype=torch.bool)
                 total = self._lengths_of(latents, lengths, len(input_ids)).repeat_interleave(num_return_sequences)
+                if bool((total <= begun).any()):
+                    raise InputError(
+                        "a prompt reaches to the end of its latents: give longer ones or a shorter prompt."
+                    )
                 if self.config.length_model == "none":
                     total = torch.minimum(total, begun + max_new_tokens)
             new = self._written(latents, total, ended, begun, max_new_tokens, sampling)
