@@ -191,7 +191,8 @@ def draw(path, expected, found, of_mean, names, power, kl, scale, told_of) -> No
     for name, values in told_of:
         third.plot(AHEAD, values, "o-", label=name)
     third.set(xlabel="k", ylabel="nats", title="Nats of token t + k that a linear map tells")
-    third.legend(frameon=False)
+    third.set_xticks(AHEAD)
+    third.legend(frameon=False, loc="upper left", fontsize="small")
     figure.savefig(path, dpi=110)
 
 
