@@ -371,7 +371,7 @@ def generate(
 def encode(
     model: Model,
     output: Annotated[
-        Path, typer.Option(help=".npz (ids, mean, variance) or .parquet (id, flat mean and variance, shape).")
+        Path, typer.Option(help=".npz (ids, mean, variance; lengths of trajectories) or .parquet (id, flat, shape).")
     ],
     text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
     data: Annotated[str | None, typer.Option(help=_DATA_HELP)] = None,

@@ -300,6 +300,11 @@ class ParallelLatentLM(WritesText):
             size = self.prior(1, 1).event_shape[-1]
             times = latents.shape[1] if isinstance(latents, Tensor) and latents.dim() == 3 else 1
             self.check_latents(latents, (times, size))
+            if times > self.config.max_position_embeddings:
+                raise InputError(
+                    f"latents of {times} times exceed the model's context of "
+                    f"{self.config.max_position_embeddings}: cut them."
+                )
         prompts = (input_ids, latents, attention_mask, condition, max_new_tokens, num_return_sequences)
         input_ids, attention_mask, max_new_tokens = self._prompts(*prompts)
         begun = (attention_mask.sum(1) - 1).clamp_min(0).repeat_interleave(num_return_sequences)
@@ -326,9 +331,11 @@ class ParallelLatentLM(WritesText):
                     )
                 ended = torch.full_like(begun, self.config.length_model != "none", dtype=torch.bool)
                 total = self._lengths_of(latents, lengths, len(input_ids)).repeat_interleave(num_return_sequences)
-                if bool((total <= begun).any()):
+                if bool((short := total <= begun).any()):
+                    row = int(short.nonzero()[0])
                     raise InputError(
-                        "a prompt reaches to the end of its latents: give longer ones or a shorter prompt."
+                        f"the latents of text {row // num_return_sequences} are of {int(total[row])} tokens, and its "
+                        f"prompt of {int(begun[row])}: give longer ones or a shorter prompt."
                     )
                 if self.config.length_model == "none":
                     total = torch.minimum(total, begun + max_new_tokens)

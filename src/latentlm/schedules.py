@@ -28,7 +28,7 @@ def cyclical(progress: float, cycles: int, zero: float | int, rise: float | int)
     return 1.0 if place >= zero + rise else (place - zero) / rise
 
 
-def controlled(beta: float, kl: float, target: float, least: float, most: float) -> float:
+def controlled(beta: float, kl: float, target: float | int, least: float, most: float | int) -> float:
     """The next β of a controller that brings the KL to a target: up to 3% more where it is above, less where below.
 
     The share is in proportion to the error, and all of the 3% from an error as large as the target on. So near its goal

@@ -265,9 +265,9 @@ def test_a_covariance_without_an_inverse_is_lifted_or_refused_in_a_sentence(alge
     times = torch.arange(64).double()
     smooth = GaussianProcess(RBF(8.0), times, 1, 0.0, algebra)
     assert bool(smooth.log_prob(smooth.rsample()).isfinite())
-    message = r"RBF\(lengthscale 8.0, variance 1.0\) with nugget -0.5 at 64 times is not positive definite in float64"
+    message = r"RBF\(lengthscale 8.0, variance 1.0\) with nugget 0 at 64 times is not positive definite in float64"
     with pytest.raises(DivergedError, match=message):
-        GaussianProcess(RBF(8.0), times, 1, -0.5, algebra).entropy()
+        smooth.with_noise(torch.full((1, 64), -0.5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(
@@ -280,6 +280,13 @@ def test_a_covariance_without_an_inverse_is_lifted_or_refused_in_a_sentence(alge
         (lambda: GaussianProcess(RBF(), torch.tensor([0.0, 1.0, 3.0]), algebra="toeplitz"), "on a regular grid"),
         (lambda: GaussianProcess(RBF(), torch.arange(3.0), lengths=torch.tensor([4])), "between 0 and the 3 times"),
         (lambda: GaussianProcess(RBF(), torch.arange(3.0)).log_prob(torch.zeros(2, 1)), "does not end in"),
+        (lambda: GaussianProcess(RBF(), torch.arange(3.0), nugget=-1.0), "nugget must be a variance from 0 on"),
+        (lambda: GaussianProcess(RBF(), torch.arange(3.0), nugget=math.nan), "nugget must be a variance from 0 on"),
+        (lambda: GaussianProcess(RBF(), torch.arange(3.0), inducing=0), "at least 1 point, not 0"),
+        (
+            lambda: GaussianProcess(RBF(), torch.arange(3.0)).conditional(torch.zeros(1, 4, 1)),
+            r"of shape \[1, 4, 1\] .* give \[batch, begun, 1\] with at most 3 times",
+        ),
         (lambda: RBF(-1.0), "lengthscale must be a finite number above 0"),
         (lambda: RBF([1.0, math.inf]), "lengthscale must be a finite number above 0"),
         (lambda: Matern(1.0), "nu must be 0.5, 1.5 or 2.5"),

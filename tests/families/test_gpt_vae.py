@@ -303,16 +303,17 @@ def test_z_is_inferred_from_the_condition(inference):
 def test_a_prompt_goes_on_with_another_text_s_latent():
     model = model_of()
     prompts, others = texts(3, 4), texts(3, 9, seed=1)
-    found = model.generate(prompts, condition={"input_ids": others}, max_new_tokens=6, seed=1)
+    condition, prior = {"input_ids": others}, model.prior(3, 6)
+    found = model.generate(prompts, condition=condition, max_new_tokens=6, seed=1)
     with torch.random.fork_rng():
-        latents = CausalLatentLM._latents_for(model, prompts, torch.ones_like(prompts), {"input_ids": others}, 6, 1, 1)
+        latents = CausalLatentLM._latents_for(model, prompts, torch.ones_like(prompts), condition, prior, 1, 1)
     assert torch.equal(found, model.generate(prompts, latents, max_new_tokens=6))
     assert not torch.equal(found, model.generate(prompts, max_new_tokens=6, seed=1))
     assert len(model.generate(condition={"input_ids": others}, max_new_tokens=3, seed=1)) == 3
     # a prompt of BOS alone takes its latent from the condition, too, and not from the prior
     start = texts(3, 1)
     posterior = model.infer(others)
-    drawn = CausalLatentLM._latents_for(model, start, torch.ones_like(start), {"input_ids": others}, 6, 200, 1)
+    drawn = CausalLatentLM._latents_for(model, start, torch.ones_like(start), condition, prior, 200, 1)
     means = drawn.view(3, 200, 6).mean(1)
     assert ((means - posterior.mean) / posterior.stddev).abs().max() < 5 / math.sqrt(200)
 

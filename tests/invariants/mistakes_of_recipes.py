@@ -111,7 +111,7 @@ RECIPES_TABLE = [
     ),
     # ---- trajectories
     *(
-        Row(f"GP-VAE: {name}", f"train gp.yaml {settings}", says, write("gp.yaml", GP_VAE))
+        Row(f"recipe: GP-VAE, {name}", f"train gp.yaml {settings}", says, write("gp.yaml", GP_VAE))
         for name, settings, says in (
             ("no such kernel", "model.kernel=linear", "expected one of .*white.*, got linear"),
             ("groups that do not fit", "model.kernel_groups=3", "must be a multiple of kernel_groups"),

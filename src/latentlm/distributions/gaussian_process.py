@@ -32,8 +32,9 @@ class GaussianProcess(Distribution):
     A row of its own length n is the process on the first n times, exactly: log-probability, entropy and KL are sums
     over t of terms that condition on earlier times alone. What samples hold after a row's end is 0 and has no meaning.
 
-    All algebra is float64; values keep their dtype. Samples and log-probabilities have gradients to the kernel's
-    hyperparameters, the nugget and the values.
+    All algebra is float64; values keep their dtype. Where float64 cannot factor K + nugget, up to a millionth of the
+    variance is added to the nugget: give one of at least that where such a process has to be exact. Samples and
+    log-probabilities have gradients to the kernel's hyperparameters, the nugget and the values.
 
     Args:
         kernel: with hyperparameters for all dimensions, or for groups of neighbouring ones.
@@ -70,6 +71,10 @@ class GaussianProcess(Distribution):
         if times.numel() and not bool((self.times.diff() > 0).all() & self.times.isfinite().all()):
             raise InputError("the times of a Gaussian process must be finite and increase.")
         self.nugget = torch.as_tensor(nugget, dtype=torch.float64, device=device).reshape(-1)
+        if not bool(((self.nugget >= 0) & (self.nugget < math.inf)).all()):
+            raise InputError(f"nugget must be a variance from 0 on, or one for each group, not {nugget}.")
+        if isinstance(inducing, int) and inducing < 1:
+            raise InputError(f"inducing must be at least 1 point, not {inducing}.")
         self.groups = max(kernel.groups, len(self.nugget))
         if dim < 1 or dim % self.groups:
             raise InputError(f"{dim} dimensions do not fall into the {self.groups} groups of the kernel.")
@@ -196,7 +201,16 @@ class GaussianProcess(Distribution):
         return other
 
     def conditional(self, prefix: Float[Tensor, "batch begun dim"]) -> "ConditionalGaussianProcess":
-        """The process at the times after a prefix, given its values there."""
+        """The process at the times after a prefix, given its values there.
+
+        Raises:
+            InputError: a prefix that is not [batch, begun, dim].
+        """
+        if prefix.dim() != 3 or prefix.shape[1] > len(self.times) or prefix.shape[2] != self.dim:
+            raise InputError(
+                f"a prefix of shape {list(prefix.shape)} is none of this process: give [batch, begun, {self.dim}] "
+                f"with at most {len(self.times)} times."
+            )
         return ConditionalGaussianProcess(self, prefix)
 
     def with_lengths(self, lengths: Int64[Tensor, " B"]) -> "GaussianProcess":

@@ -69,6 +69,10 @@ _ROWS: Sequence[tuple[str, Any]] = (
             "–" if one["exact"] or one["active_units"] is None else f"{one['active_units']} of {one['latent_units']}"
         ),
     ),
+    (
+        "  texts of one length, which MI to AU are of",
+        lambda one: "–" if one.get("latent_sequences") in (None, one["sequences"]) else f"{one['latent_sequences']:,}",
+    ),
     ("sequences, tokens scored", lambda one: f"{one['sequences']:,}, {one['tokens']:,}"),
     (
         "training tokens/s",

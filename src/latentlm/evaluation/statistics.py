@@ -24,6 +24,7 @@ MUTUAL_INFORMATION_BATCH = 32
 _NAMES = (
     "active_units",
     "latent_units",
+    "latent_sequences",
     "mutual_information",
     "mutual_information_sequences",
     "mutual_information_per_batch",
@@ -100,13 +101,13 @@ class LatentStatistics:
         """The figures over the batches of all processes; None each where latents differ in shape.
 
         Returns:
-            Over all texts: `latent_units`, the numbers in a latent; `active_units`, those with Var_x E_q[z] > 0.01 ×
-            prior variance (Burda et al. 2016, section 5.1); `kl_per_dimension`, the mean KL of each in nats, in the
-            order of the flattened latent (of a trajectory, of each dimension over all times), None where q or p does
-            not factorise; `aggregate_mean_rms`, the root mean square over numbers of E_q(z)[z] − prior mean, in prior
-            standard deviations, and `aggregate_variance_ratio`, the mean over numbers of Var_q(z)[z] ÷ prior variance,
-            which are 0 and 1 where q(z) = p(z) (and for a latent of no numbers). Over the
-            `mutual_information_sequences` texts compared, in nats: `mutual_information`,
+            Over the `latent_sequences` texts, all or those of one length: `latent_units`, the numbers in a latent;
+            `active_units`, those with Var_x E_q[z] > 0.01 × prior variance (Burda et al. 2016, section 5.1);
+            `kl_per_dimension`, the mean KL of each in nats, in the order of the flattened latent (of a trajectory, of
+            each dimension over all times), None where q or p does not factorise; `aggregate_mean_rms`, the root mean
+            square over numbers of E_q(z)[z] − prior mean, in prior standard deviations, and `aggregate_variance_ratio`,
+            the mean over numbers of Var_q(z)[z] ÷ prior variance, which are 0 and 1 where q(z) = p(z) (and for a latent
+            of no numbers). Over the `mutual_information_sequences` texts compared, in nats: `mutual_information`,
             `mutual_information_per_batch` of `mutual_information_batch` texts, `aggregate_kl`.
         """
         # a process without a batch knows no shape, and one with several knows that there is none
@@ -128,6 +129,7 @@ class LatentStatistics:
         return {
             "active_units": int((variance_of_mean > 0.01).sum()),
             "latent_units": units,
+            "latent_sequences": int(total[0]),
             "mutual_information": mutual_information(log_q),
             "mutual_information_sequences": len(log_q),
             "mutual_information_per_batch": mutual_information_per_batch(log_q, MUTUAL_INFORMATION_BATCH),

@@ -54,6 +54,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
         decoder_type: "convolution" as in the paper (a map of each time's z, then width-3 convolutions), or "attention"
             over all times.
         max_position_embeddings: the longest text, T, in tokens after BOS.
+        sliding_window: tokens that a causal Transformer encoder sees; None for all until then.
         word_dropout: share of the tokens that the encoder does not see while training.
         latent_size: dimensions of the trajectory, d_z.
         kernel: of the prior; "matern32" is ν = 3/2. "white" is the isotropic prior N(0, I), for comparison.
@@ -378,7 +379,8 @@ def _kernel(config: GPVAEConfig) -> Kernel:
     if config.kernel == "white":
         return White()
     scales = config.kernel_lengthscale if isinstance(config.kernel_lengthscale, list) else [config.kernel_lengthscale]
-    lengthscale = torch.logspace(math.log10(scales[0]), math.log10(scales[-1]), config.kernel_groups, device="cpu")
+    first, last = math.log10(scales[0]), math.log10(scales[-1])
+    lengthscale = torch.logspace(first, last, config.kernel_groups, dtype=torch.float64, device="cpu")
     variance = [config.kernel_variance] * config.kernel_groups
     if config.kernel == "rbf":
         return RBF(lengthscale, variance)

@@ -43,7 +43,7 @@ def remedies(model: LatentLM, pretrained: bool) -> str:
         ways += [f"model.beta_warmup=0.7 (now {config.beta_warmup})"]
     if held and getattr(config, "has_encoder", False) and not pretrained:
         ways += ["encoder.pretraining_steps (now 0)"]
-    if getattr(config, "sliding_window", 1) is None:
+    if getattr(config, "sliding_window", 1) is None and not model.latent_per_token:
         ways += ["model.sliding_window, so that the decoder needs z"]
     if config.kl_target is not None:
         ways += [f"model.kl_target (now {config.kl_target}) up"]
