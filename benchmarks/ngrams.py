@@ -1,9 +1,10 @@
-"""NLL of unigrams and bigrams on the validation data of a recipe: what a model of text has to beat.
+"""NLL of unigrams and bigrams on the validation data of a saved model: what a model of text has to beat.
 
-    python benchmarks/ngrams.py recipes/gp-vae-wikitext2-1m.yaml data.source=…/train.txt.xz data.validation=…/valid.txt
+    python benchmarks/ngrams.py runs/gp-vae [--limit 150]
 
 Unigrams with one added to each count; bigrams by interpolated Kneser-Ney with a discount of 0.75 (Chen and Goodman
-1999, section 2.7). Both are exact likelihoods of the scored tokens, given BOS, in nats per token.
+1999, section 2.7), by the training data of the model's recipe, or its first tokens alone. Both are exact likelihoods of
+the scored tokens, given BOS, in nats per token.
 """
 
 import argparse
@@ -12,8 +13,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from latentlm.data.recipe import load_corpus
-from latentlm.training.recipe import load_recipe
+import latentlm
+from latentlm.data import read_documents
+from latentlm.data.recipe import evaluation_sequences, make_sequences, saved_data_recipe
 
 DISCOUNT = 0.75
 
@@ -44,13 +46,19 @@ def bigram_nll(before: Tensor, tokens: Tensor, given: Tensor, scored: Tensor, vo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("model")
+    parser.add_argument("--limit", type=int, help="documents of the validation data; by default all")
+    parser.add_argument("--tokens", type=int, help="of the training data, from its beginning; by default all")
     options = parser.parse_args()
-    corpus = load_corpus(load_recipe(options.recipe, options.overrides).data)
-    vocabulary = len(corpus.tokenizer)
-    before, tokens = pairs(corpus.train)
-    given, scored = pairs(corpus.validation)
+    model, tokenizer = latentlm.load(options.model)
+    data = saved_data_recipe(options.model)
+    assert data is not None
+    vocabulary = len(tokenizer)
+    documents = read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
+    before, tokens = pairs(make_sequences(documents, tokenizer, data.unit, data.length, drop_last=True))
+    before, tokens = before[: options.tokens], tokens[: options.tokens]
+    longest = model.config.max_position_embeddings
+    given, scored = pairs(evaluation_sequences(options.model, tokenizer, longest, limit=options.limit))
     print(f"{len(tokens):,} tokens of training, {len(scored):,} scored, vocabulary {vocabulary:,}; nats per token")
     print(f"uniform {torch.tensor(float(vocabulary)).log():.4f}")
     print(f"unigram {unigram_nll(tokens, scored, vocabulary):.4f}")
