@@ -65,7 +65,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
         kernel_variance: σ² at the beginning.
         kernel_nugget: variance at the beginning of what is independent from time to time.
         posterior: "sites": q ∝ p(z) Π_t N(m_t; z_t, v_t), the prior updated by the encoder's m and v; "diagonal" over
-            time, as in the paper, which cannot come near a smooth prior (sites of a kernel without a state space, any but
+            time, as in the paper, which cannot come near a smooth prior (sites of a kernel without state space, any but
             Matérn's, take T² numbers for each text and dimension); "whitened": diagonal in w, z = L w, K = L Lᵀ.
             Gradient steps and Langevin are in w, and need the last.
         encoder_type: causal convolutions, "separable" (the paper's SEQ) or "full" (its PARA), or a "transformer", which
