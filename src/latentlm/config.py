@@ -117,7 +117,7 @@ class TransformerConfig(LatentLMConfig):
         max_position_embeddings: the longest text, T, in tokens after BOS.
         sliding_window: tokens that self-attention sees, itself included; None for all.
         dropout: on attention weights and on what each sub-layer adds; training only.
-        word_dropout: share of the tokens after BOS whose embedding is 0 while training; see the family.
+        word_dropout: share of the tokens after BOS that are not seen while training; see the family.
     """
 
     hidden_size: int = 512

@@ -35,6 +35,7 @@ KEYS = {
     "iw_bits_per_byte",
     "active_units",
     "latent_units",
+    "latent_sequences",
     "mutual_information",
     "mutual_information_sequences",
     "mutual_information_per_batch",

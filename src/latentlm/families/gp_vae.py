@@ -12,7 +12,7 @@ beside the ELBO are options: label smoothing, horizons, the embedding regularise
 
 import math
 from dataclasses import field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -55,7 +55,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
             over all times.
         max_position_embeddings: the longest text, T, in tokens after BOS.
         sliding_window: tokens that a causal Transformer encoder sees; None for all until then.
-        word_dropout: share of the tokens that the encoder does not see while training.
+        word_dropout: share of the tokens in place of which the encoder sees a learned vector while training.
         latent_size: dimensions of the trajectory, d_z.
         kernel: of the prior; "matern32" is ν = 3/2. "white" is the isotropic prior N(0, I), for comparison.
         kernel_groups: 1: one kernel for all dimensions; a number of groups of neighbouring dimensions; `latent_size`:
@@ -174,6 +174,9 @@ class TrajectoryEncoder(nn.Module):
     def __init__(self, config: GPVAEConfig, latent_shape: tuple[int, ...]):
         super().__init__()
         size = config.hidden_size
+        if config.word_dropout:
+            # not 0: of a text that begins with zeros a convolution makes zeros, and norms of nothing have no slope
+            self.unseen = nn.Parameter(torch.zeros(size))
         if config.encoder_type in ("separable", "full"):
             self.blocks = nn.ModuleList(
                 CausalBlock(size, config.encoder_kernel_size, dilation, config.dropout, config.encoder_type)
@@ -263,6 +266,8 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         super()._init_weights(module)
         if isinstance(module, LogVariance):
             nn.init.constant_(module.bias, module.start)
+        elif isinstance(module, TrajectoryEncoder) and hasattr(module, "unseen"):
+            nn.init.normal_(module.unseen)
 
     # ---- the three sentences ---------------------------------------------------------------------------------------
 
@@ -292,7 +297,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
         text = self.aligned(input_ids, attention_mask)
         x = self.embedded(text.tokens)
         if self._seen is not None:
-            x = x * text.take(self._seen[:, 1:])[..., None]
+            x = torch.where(text.take(self._seen[:, 1:])[..., None], x, cast(Tensor, self.encoder.unseen).to(x.dtype))
         if not x.shape[1]:  # BOS alone, which convolutions and attention refuse
             nothing = x.new_zeros(len(x), 0, self.config.latent_size).float()
             return nothing, nothing
