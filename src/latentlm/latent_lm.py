@@ -186,12 +186,18 @@ class LatentLM(PreTrainedModel):
             beta = controlled(float(self.controlled_beta), kl_per_sequence, self.config.kl_target, least, most)
             self.controlled_beta.fill_(beta)
 
-    def kl_charge(self, posterior: Distribution, prior: Distribution) -> Float[Tensor, " batch"]:
-        """What the training objective takes for KL(q ‖ p), in nats: the KL, less what is free, or off its threshold."""
+    def kl_charge(
+        self, posterior: Distribution, prior: Distribution, kl: Float[Tensor, " batch"] | None = None
+    ) -> Float[Tensor, " batch"]:
+        """What the training objective takes for KL(q ‖ p), in nats: the KL, less what is free, or off its threshold.
+
+        Args:
+            kl: KL(q ‖ p), where it is known already.
+        """
         config = self.config
         if config.free_bits:
             return free_bits(kl_per_dimension(posterior, prior), config.free_bits, config.free_bits_per)
-        kl = kl_divergence(posterior, prior)
+        kl = kl_divergence(posterior, prior) if kl is None else kl
         return kl if config.kl_threshold is None else kl_distance(kl, config.kl_threshold)
 
     def forward(
@@ -254,7 +260,7 @@ class LatentLM(PreTrainedModel):
             log_prior = prior.log_prob(latents)
             bound = log_likelihood + _gradient_alone(log_prior if kept is None else log_prior * kept)
         elif self.training and posterior is not None:
-            charge = self.kl_charge(posterior, prior)
+            charge = self.kl_charge(posterior, prior, kl)
             bound = elbo(log_likelihood, charge if kept is None else charge * kept, self.beta)
         else:
             bound = elbo(log_likelihood, kl)

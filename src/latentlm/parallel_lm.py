@@ -39,10 +39,12 @@ class ParallelConfig(TransformerConfig):
     """Fields of a parallel decoder.
 
     Args:
+        latent_size: numbers of the latent of each token.
         length_model: "none" where the length is given (blocks of one length); "categorical" for texts that end in EOS,
             of any length.
     """
 
+    latent_size: int = 64
     length_model: Literal["none", "categorical"] = "none"
 
 
@@ -134,7 +136,7 @@ class ParallelLatentLM(WritesText):
             InputError: latents that are not one trajectory for each text, as long as the longest.
         """
         number, times = text.tokens.shape
-        expected = [number, times, self.prior(1, 1).event_shape[1]]
+        expected = [number, times, self.config.latent_size]
         found = list(latents.shape[-3:])
         if latents.dim() < 3 or [found[0], found[2]] != [expected[0], expected[2]] or found[1] < times:
             raise InputError(
@@ -297,9 +299,8 @@ class ParallelLatentLM(WritesText):
             raise InputError("lengths are those of given latents: give latents, too.")
         sampling = _sampling(temperature, top_k, top_p) if do_sample else None
         if latents is not None:
-            size = self.prior(1, 1).event_shape[-1]
             times = latents.shape[1] if isinstance(latents, Tensor) and latents.dim() == 3 else 1
-            self.check_latents(latents, (times, size))
+            self.check_latents(latents, (times, self.config.latent_size))
             if times > self.config.max_position_embeddings:
                 raise InputError(
                     f"latents of {times} times exceed the model's context of "

@@ -273,7 +273,7 @@ def _(distribution: SitesPosterior) -> tuple[int, ...]:
 
 @select_rows.register
 def _(distribution: SitesPosterior, rows: Tensor) -> SitesPosterior:
-    prior = distribution.prior.with_lengths(distribution.lengths[rows])
+    prior = cast(GaussianProcess, select_rows(distribution.prior, rows))
     return SitesPosterior(prior, distribution.observed[rows], distribution.log_variance[rows])
 
 
@@ -284,13 +284,13 @@ def _(distribution: ContinuedTrajectory) -> tuple[int, ...]:
 
 @select_rows.register
 def _(distribution: WhitenedGaussian, rows: Tensor) -> WhitenedGaussian:
-    prior = distribution.prior.with_lengths(distribution.prior.row_lengths(len(rows))[rows])
+    prior = cast(GaussianProcess, select_rows(distribution.prior, rows))
     return WhitenedGaussian(prior, cast(Independent, select_rows(distribution.white, rows)))
 
 
 @select_rows.register
 def _(distribution: DiagonalTrajectory, rows: Tensor) -> DiagonalTrajectory:
-    prior = distribution.prior.with_lengths(distribution.prior.row_lengths(len(rows))[rows])
+    prior = cast(GaussianProcess, select_rows(distribution.prior, rows))
     return DiagonalTrajectory(prior, cast(Independent, select_rows(distribution.each, rows)))
 
 

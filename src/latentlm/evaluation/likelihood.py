@@ -63,7 +63,7 @@ def evaluate(
     number = len(sequences)  # type: ignore[arg-type]
     # by their hash, so that the data's order neither chooses nor groups them
     places = {index: place for place, index in enumerate(by_hash(sequences)[:MUTUAL_INFORMATION_SEQUENCES])}
-    statistics = LatentStatistics(_common_length(sequences))
+    statistics = LatentStatistics(_common_length(sequences) if model.latent_per_token else None)
     figures = PerSequence("tokens", "elbo", "iw", "reconstruction", "kl", "prior")
     start = time.perf_counter()
     with evaluating(model):

@@ -56,7 +56,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
         max_position_embeddings: the longest text, T, in tokens after BOS.
         sliding_window: tokens that a causal Transformer encoder sees; None for all until then.
         word_dropout: share of the tokens in place of which the encoder sees a learned vector while training.
-        latent_size: dimensions of the trajectory, d_z.
+        latent_size: dimensions of the trajectory, d_z (of `ParallelConfig`).
         kernel: of the prior; "matern32" is ν = 3/2. "white" is the isotropic prior N(0, I), for comparison.
         kernel_groups: 1: one kernel for all dimensions; a number of groups of neighbouring dimensions; `latent_size`:
             one for each.
@@ -87,7 +87,6 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
     num_hidden_layers: int = 1
     max_position_embeddings: int = 64
     decoder_type: Literal["convolution", "attention"] = "convolution"
-    latent_size: int = 64
     kernel: Literal["rbf", "matern12", "matern32", "matern52", "rational_quadratic", "white"] = "rbf"
     kernel_groups: int = 1
     kernel_lengthscale: float | int | list[float | int] = 8.0
@@ -109,6 +108,11 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
             self.inference_start_log_variance = _START_LOG_VARIANCES.get(self.posterior)
         super().__post_init__(**kwargs)
 
+    @property
+    def lengthscales(self) -> list[float | int]:
+        """The numbers of `kernel_lengthscale`, one or two."""
+        return self.kernel_lengthscale if isinstance(self.kernel_lengthscale, list) else [self.kernel_lengthscale]
+
     def validate_latents(self) -> None:
         """Part of the validation of `@strict`."""
         for name in ("latent_size", "kernel_groups", "encoder_kernel_size"):
@@ -117,7 +121,7 @@ class GPVAEConfig(ParallelConfig, VariationalConfig):
         for name in ("kernel_variance", "kernel_nugget"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a number above 0, not {getattr(self, name)}")
-        scales = self.kernel_lengthscale if isinstance(self.kernel_lengthscale, list) else [self.kernel_lengthscale]
+        scales = self.lengthscales
         if len(scales) not in (1, 2) or not all(0 < scale < math.inf for scale in scales):
             raise ValueError(f"kernel_lengthscale must be a number above 0, or two, not {self.kernel_lengthscale}")
         if len(scales) == 2 and self.kernel_groups == 1:
@@ -384,8 +388,7 @@ class GPVAE(ParallelLatentLM, VariationalLM):
 def _kernel(config: GPVAEConfig) -> Kernel:
     if config.kernel == "white":
         return White()
-    scales = config.kernel_lengthscale if isinstance(config.kernel_lengthscale, list) else [config.kernel_lengthscale]
-    first, last = math.log10(scales[0]), math.log10(scales[-1])
+    first, last = math.log10(config.lengthscales[0]), math.log10(config.lengthscales[-1])
     lengthscale = torch.logspace(first, last, config.kernel_groups, dtype=torch.float64, device="cpu")
     variance = [config.kernel_variance] * config.kernel_groups
     if config.kernel == "rbf":
