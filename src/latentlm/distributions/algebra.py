@@ -57,29 +57,24 @@ class Algebra:
     def steps(
         self, noise: Float[Tensor, "G rest columns"], prefix: Float[Tensor, "G begun columns"]
     ) -> Iterator[Float[Tensor, "G columns"]]:
-        """z_t given z_<t, one after another, for columns (rows × R) side by side: L ε for the same noise."""
-        past, t, begun = prefix, 0, prefix.shape[1]
+        """z_t given z_<t, one after another, for columns (rows × R) side by side: L ε of the same noise, no gradients."""
+        begun, end = prefix.shape[1], 0
+        path = torch.cat((prefix, noise), 1)  # the noise gives way to the values
         for forecasts, scales in self.forecasts():
-            begin, number = t, forecasts.shape[1]
-            t += number
-            if past.shape[1] >= t:
+            begin, end = end, min(end + forecasts.shape[1], path.shape[1])
+            first = max(begin, begun)
+            if begin == end:
+                return
+            if first >= end:
                 continue
-            known = past.shape[1] - begin
-            piece = torch.cat((past[:, begin:], past.new_zeros(len(past), number - known, past.shape[2])), 1)
-            drawn = noise[:, begin + known - begun : t - begun]
-            target = scales[:, known : known + drawn.shape[1], None] * drawn
-            target -= (forecasts[:, :, :begin] @ past[:, :begin])[:, known : known + drawn.shape[1]]
-            target -= forecasts[:, known : known + drawn.shape[1], begin : begin + known] @ piece[:, :known]
-            # what each value tells of those after it in this piece
-            tells = forecasts[:, known:, begin + known :].unbind(2)
-            for place in range(1, drawn.shape[1] + 1):
-                value = target[:, place - 1]
-                yield value
-                if place < drawn.shape[1]:
-                    later = tells[place - 1][:, place : drawn.shape[1], None]
-                    target[:, place:].baddbmm_(later, value[:, None], alpha=-1)
-            piece[:, known : known + drawn.shape[1]] = target
-            past = torch.cat((past[:, :begin], piece), 1)
+            rows, piece = slice(first - begin, end - begin), path[:, first:end]
+            piece *= scales[:, rows, None]
+            piece -= forecasts[:, rows, :first] @ path[:, :first]
+            for place, forecast in enumerate(forecasts[:, rows, first:end].split(1, 1)):
+                value = piece.narrow(1, place, 1)  # narrow: of so small a step, slices would take a third
+                if place:
+                    value.baddbmm_(forecast.narrow(2, 0, place), piece.narrow(1, 0, place), alpha=-1)
+                yield value.squeeze(1)
 
     def quadratic(self, values: Float[Tensor, "B G T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B G R"]:
         """zᵀ Σ⁻¹ z of each row's first `length` times."""
@@ -124,7 +119,8 @@ class Dense(Algebra):
         return torch.nn.functional.pad(until, (0, 0, 1, 0))[:, lengths].transpose(0, 1)  # nothing until the first
 
     def forecasts(self) -> Iterator[tuple[Float[Tensor, "G N reached"], Float[Tensor, "G N"]]]:
-        inverse, scale, total = self._detached_inverse, self.factor.diagonal(dim1=-2, dim2=-1), self.factor.shape[-1]
+        inverse, total = self._detached_inverse, self.factor.shape[-1]
+        scale = self.factor.detach().diagonal(dim1=-2, dim2=-1)
         for begin in range(0, total, _PIECE):
             end = min(begin + _PIECE, total)
             yield inverse[..., begin:end, :end] * scale[..., begin:end, None], scale[..., begin:end]

@@ -179,7 +179,6 @@ class GaussianProcess(Distribution):
         rows, lengths, _ = self._rows(value)
         return self._shaped(cut(self.algebra.whiten(cut(rows, lengths)), lengths), value)
 
-    @torch.no_grad()
     def steps(
         self, noise: Float[Tensor, "batch rest dim"], prefix: Float[Tensor, "batch begun dim"] | None = None
     ) -> Iterator[Float[Tensor, "batch dim"]]:
@@ -190,7 +189,7 @@ class GaussianProcess(Distribution):
             prefix: the first times of each row; None for none.
         """
         begun = noise[:, :0] if prefix is None else prefix
-        columns = (self._grouped(x.double()).permute(1, 2, 0, 3).flatten(2) for x in (noise, begun))
+        columns = (self._grouped(x.detach().double()).permute(1, 2, 0, 3).flatten(2) for x in (noise, begun))
         for value in self.algebra.steps(*columns):
             yield value.view(self.groups, len(noise), -1).transpose(0, 1).flatten(1).to(noise.dtype)
 

@@ -106,11 +106,11 @@ class StateSpace(Algebra):
     ) -> Iterator[Float[Tensor, "G columns"]]:
         begun = prefix.shape[1]
         state = prefix.new_zeros(len(prefix), self.readout.shape[-1], prefix.shape[-1])
-        closed, onwards = self.closed.unbind(-3), self.onwards.unbind(-3)
-        gains, readouts = self.gain[..., None].unbind(-3), self.readout[..., None, :].unbind(-3)
+        closed, onwards = self.closed.detach().unbind(-3), self.onwards.detach().unbind(-3)
+        gains, readouts = self.gain.detach()[..., None].unbind(-3), self.readout.detach()[..., None, :].unbind(-3)
         for t, value in enumerate(prefix[:, :, None].unbind(1)):
             state = closed[t] @ state + gains[t] * value
-        innovations = self.variance.sqrt()[:, begun : begun + noise.shape[1], None] * noise
+        innovations = self.variance.detach().sqrt()[:, begun : begun + noise.shape[1], None] * noise
         for t, innovation in enumerate(innovations[:, :, None].unbind(1), begun):
             yield torch.baddbmm(innovation, readouts[t].expand(len(state), -1, -1), state)[:, 0]
             state = torch.baddbmm(gains[t] * innovation, onwards[t].expand(len(state), -1, -1), state)
