@@ -57,7 +57,7 @@ class Algebra:
     def steps(
         self, noise: Float[Tensor, "G rest columns"], prefix: Float[Tensor, "G begun columns"]
     ) -> Iterator[Float[Tensor, "G columns"]]:
-        """z_t given z_<t, one after another, for columns (rows × R) side by side: L ε of the same noise, no gradients."""
+        """z_t given z_<t, one after another, for columns (rows × R) side by side: L ε, without gradients."""
         begun, end = prefix.shape[1], 0
         path = torch.cat((prefix, noise), 1)  # the noise gives way to the values
         for forecasts, scales in self.forecasts():
