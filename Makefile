@@ -54,7 +54,7 @@ setup: $(STAMP)  ## only install, into .venv
 
 clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
-	find src tests benchmarks -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
+	find src tests benchmarks studies -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
 # The stamp holds the path of the checkout that it was made for, as scripts in .venv do: a moved or copied one is made anew.
 ifneq ($(shell [ -x $(BIN)/python ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && echo valid),valid)

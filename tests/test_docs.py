@@ -13,7 +13,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *s
 def test_what_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
-    files = re.findall(r"\b(?:recipes|benchmarks)/[\w./-]+\.(?:yaml|py)\b", text)
+    files = re.findall(r"\b(?:recipes|benchmarks|studies)/[\w./-]+\.(?:yaml|py)\b", text)
     missing = [link for link in links if link and not (page.parent / link).exists()]
     missing += [name for name in files if not (ROOT / name).exists()]
     assert not missing

@@ -1,6 +1,6 @@
 """What a trained GP-VAE's trajectory holds: time scales beside the prior's, and what z_t knows of the text.
 
-    python benchmarks/gp_vae_trajectory.py runs/gp-vae [--blocks 600] [--plot FILE.png]
+    python studies/gp_vae_trajectory.py runs/gp-vae [--blocks 600] [--plot FILE.png]
 
 On blocks of the validation data of the model's own recipe, all of one length:
 
@@ -192,6 +192,7 @@ def draw(path, expected, found, of_mean, names, power, kl, scale, told_of) -> No
         third.plot(AHEAD, values, "o-", label=name)
     third.set(xlabel="k", ylabel="nats", title="Nats of token t + k that a linear map tells")
     third.set_xticks(AHEAD)
+    third.set_ylim(top=1.3 * third.get_ylim()[1])  # room for the legend
     third.legend(frameon=False, loc="upper left", fontsize="small")
     figure.savefig(path, dpi=110)
 

@@ -1,6 +1,6 @@
 """NLL of unigrams and bigrams on the validation data of a saved model: what a model of text has to beat.
 
-    python benchmarks/ngrams.py runs/gp-vae [--limit 150]
+    python studies/ngrams.py runs/gp-vae [--limit 150]
 
 Unigrams with one added to each count; bigrams by interpolated Kneser-Ney with a discount of 0.75 (Chen and Goodman
 1999, section 2.7), by the training data of the model's recipe, or its first tokens alone. Both are exact likelihoods of
