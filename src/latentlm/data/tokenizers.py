@@ -94,8 +94,12 @@ def _with_end_of_text(tokenizer: "Tokenizer") -> PreTrainedTokenizerFast:
     )
 
 
-def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer of a local folder or of a model on the hub; BOS and padding default to its EOS."""
+def load_tokenizer(path: str | Path, needs_end: bool = True) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer of a local folder or of a model on the hub; BOS and padding default to its EOS.
+
+    Args:
+        needs_end: refuse one without EOS, of which no text ends.
+    """
     try:
         with hub_or_cache(path):
             tokenizer = AutoTokenizer.from_pretrained(str(path))
@@ -104,6 +108,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the loaders raise many types, down to bare Exception for a damaged file
         reason = one_sentence(error)
         raise InputError(f"{path} holds no tokenizer that loads ({reason}): give another folder") from error
+    if tokenizer.eos_token is None and not needs_end:
+        return tokenizer
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of {path} has no end of sequence: set eos_token in its tokenizer_config.json")
     if max(tokenizer.get_vocab().values(), default=0) >= len(tokenizer):

@@ -1,0 +1,145 @@
+"""Frozen models of others: found by name or folder, loaded, and known again."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForTextEncoding,
+    BatchEncoding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+
+from latentlm.data.hub import hub_or_cache
+from latentlm.errors import InputError, one_sentence
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+_CHUNK, _CHUNKS = 65536, 32
+
+
+def load_decoder(name: str, revision: str | None = None, dtype: str | None = None) -> PreTrainedModel:
+    """A causal language model, frozen and in evaluation mode.
+
+    Raises:
+        InputError: nothing of that name, an encoder or an encoder-decoder, or a model that does not load.
+    """
+    config = _config(name, revision)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{name} is an encoder-decoder ({config.model_type}): a decoder is a causal language model.")
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise InputError(f"{name} is no causal language model ({config.model_type}): give one as the decoder.")
+    return _frozen(AutoModelForCausalLM, name, revision, dtype)
+
+
+def load_encoder(name: str, revision: str | None = None, dtype: str | None = None) -> PreTrainedModel:
+    """A model that turns tokens into states, frozen and in evaluation mode; of an encoder-decoder its encoder.
+
+    Raises:
+        InputError: nothing of that name, or a model that does not load.
+    """
+    config = _config(name, revision)
+    kind = AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
+    return _frozen(kind, name, revision, dtype)
+
+
+def _config(name: str, revision: str | None) -> Any:
+    try:
+        with hub_or_cache(name):
+            return AutoConfig.from_pretrained(name, revision=revision)
+    except InputError:
+        raise
+    except Exception as error:  # each kind of damage has a type of its own
+        raise InputError(f"{name} cannot be read as a model ({one_sentence(error)}): give another.") from error
+
+
+def _frozen(kind: Any, name: str, revision: str | None, dtype: str | None) -> PreTrainedModel:
+    if torch.get_default_device().type == "meta":  # somebody counts what a model would need
+        return kind.from_config(_config(name, revision)).eval().requires_grad_(False)
+    try:
+        with hub_or_cache(name):
+            model, info = kind.from_pretrained(
+                name, revision=revision, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            )
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name} cannot be loaded ({one_sentence(error)}): give another.") from error
+    # a head that was never trained, such as BERT's pooler, is not read
+    missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise InputError(f"{name} lacks weights of a {type(model).__name__} (for one, {missing[0]}): give another.")
+    return model.eval().requires_grad_(False)
+
+
+def fingerprint(name: str, revision: str | None = None) -> str:
+    """By which a model is known again wherever it lies: its weights' files, their sizes, headers and samples of each.
+
+    Not all bytes are read, since a model may have tens of gigabytes: a change of a few numbers by hand stays unseen.
+    """
+    found = hashlib.sha256()
+    with hub_or_cache(name):
+        for file in _weight_files(name, revision):
+            size = file.stat().st_size
+            found.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as content:
+                for place in range(_CHUNKS):
+                    content.seek(place * max(size - _CHUNK, 0) // (_CHUNKS - 1))
+                    found.update(content.read(_CHUNK))
+    return found.hexdigest()
+
+
+def _weight_files(name: str, revision: str | None) -> list[Path]:
+    for file in _WEIGHTS:
+        path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+        if path is None:
+            continue
+        if not file.endswith(".json"):
+            return [Path(path)]
+        parts = sorted(set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values()))
+        return [Path(cached_file(name, part, revision=revision)) for part in parts]
+    raise InputError(f"{name} has no weights as safetensors: save it with transformers' save_pretrained.")
+
+
+def pooling_of(name: str, revision: str | None, model: PreTrainedModel) -> tuple[Literal["mean", "first", "last"], bool]:
+    """How an encoder's states become one vector, and whether that is normalised, as is said with it or is usual.
+
+    Sentence-transformers say so in `modules.json` and `1_Pooling/config.json`. Of others a causal model has seen all of
+    the text at its last token, and of all others the mean is taken.
+    """
+    said = _json(name, "1_Pooling/config.json", revision)
+    modules = _json(name, "modules.json", revision) or []
+    normalised = any(str(module.get("type", "")).endswith("Normalize") for module in modules)
+    if said is not None:
+        modes = {"pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
+        for mode, how in modes.items():
+            if said.get(mode):
+                return how, normalised  # type: ignore[return-value]
+    return ("last" if type(model.config) in AutoModelForCausalLM._model_mapping and _is_causal(model) else "mean"), False
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    # BERT is among the causal models, too, with a config that says whether it is one
+    return bool(getattr(model.config, "is_decoder", True)) or not hasattr(model.config, "type_vocab_size")
+
+
+def _json(name: str, file: str, revision: str | None) -> Any:
+    path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def encoder_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None) -> BatchEncoding:
+    """Texts as an encoder takes them: its own special tokens, padded on the right, cut at its context."""
+    # an empty text has nothing to pool in a tokenizer without special tokens
+    texts = [text or " " for text in texts]
+    return tokenizer(
+        list(texts), padding=True, padding_side="right", truncation=longest is not None, max_length=longest,
+        return_tensors="pt", return_token_type_ids=False,
+    )
