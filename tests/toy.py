@@ -1,12 +1,16 @@
 """Models small enough to know everything about: by closed form, by enumeration, or because they run at once."""
 
+import functools
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Normal, constraints, register_kl
 from torch.utils.data import Dataset
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from latentlm import LatentLM, LatentLMConfig
 from latentlm.distributions import diagonal_gaussian, sample_from_noise, standard_normal
@@ -28,6 +32,16 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": None,
     "pad_token_id": PAD,
 }
+_OF_PHI: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_OF_LLAMA = _OF_PHI | {"head_dim": 8}
+_WITHOUT_DROPOUT = {"initializer_range": 0.25, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _OF_FAMILY: dict[str, dict[str, Any]] = {
     "autoregressive": {},
     "gp_vae": {
@@ -40,6 +54,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
         "inference_start_log_variance": 0.0,
     },
     "gpt_vae": {"latent_size": 6, "encoder_layers": 1, "sliding_window": None},
+    "huggingface": {"architecture_fields": {"n_embd": 16, "n_layer": 2, "n_head": 2, **_WITHOUT_DROPOUT}},
+    "lang_vae": {"latent_size": 6, "latent_slots": 2},
     "ltm": {
         "latents_per_layer": 3,
         "latent_size": 8,
@@ -53,8 +69,43 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 }
 
 
+_PARTS: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+}
+
+
+@functools.cache
+def pretrained_part(kind: str) -> str:
+    """A folder with a random model of one of transformers' architectures and a tokenizer of words w3, w4, …"""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    folder = Path(tempfile.mkdtemp(prefix=f"latentlm-{kind}-"))
+    ends = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+    config = CONFIG_MAPPING[kind](vocab_size=VOCABULARY, **ends, **_PARTS.get(kind, _OF_LLAMA))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = (AutoModel if kind in ("bert", "t5") else AutoModelForCausalLM).from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.25)
+    model.save_pretrained(folder)
+    words = {"<s>": BOS, "</s>": EOS, "<pad>": PAD} | {f"w{number}": number for number in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
 def small_config(family: str, **changes: Any) -> LatentLMConfig:
-    return FAMILIES[family].config_class(**{**_COMMON, **_OF_FAMILY[family], **changes})
+    kind = FAMILIES[family].config_class
+    given = {**_COMMON, **_OF_FAMILY[family], **changes}
+    if family == "lang_vae":
+        given = {"decoder_name": pretrained_part("gpt2"), "encoder_name": pretrained_part("bert"), **given}
+    known = kind.__dataclass_fields__
+    return kind(**{name: value for name, value in given.items() if name in known or name not in _COMMON})
 
 
 def small_model(family: str, *, seed: int = 0, **changes: Any) -> LatentLM:
@@ -94,6 +145,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "batch norm": ("gpt_vae", {"encoder_batch_norm": 0.7}),
     "gpt_vae with a window": ("gpt_vae", {"sliding_window": 3}),
     "gradient gpt_vae": ("gpt_vae", {"inference": "gradient", "inference_steps": 2}),
+    "interleaved lang_vae": ("lang_vae", {"injection": "interleaved", "latent_slots": 3, "injection_rank": 4}),
+    "gradient lang_vae": ("lang_vae", {"inference": "gradient", "inference_steps": 2}),
+    "cooperative lang_vae": ("lang_vae", {"inference": "cooperative", "inference_steps": 2}),
+    "phi of huggingface": (
+        "huggingface",
+        {"architecture": "phi", "architecture_fields": {**_OF_PHI, "initializer_range": 0.25}},
+    ),
     "memory": ("autoregressive", {"memory_per_layer": 3, "memory_size": 8}),
     "amortised": ("ltm", {"inference": "amortised", "encoder_layers": 1}),
     "cooperative": ("ltm", {"inference": "cooperative", "inference_steps": 2, "encoder_layers": 1}),
@@ -118,6 +176,7 @@ def moved(model: LatentLM) -> LatentLM:
         "encoder.moments.",
         "encoder.mean",
         "encoder.log_variance",
+        "injection.map",
         "latent_transformer.output.",
         "prior_mean",
         "prior_log_variance",

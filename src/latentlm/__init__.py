@@ -10,6 +10,8 @@ from latentlm.families import (
     AutoregressiveConfig,
     GPTVAEConfig,
     GPVAEConfig,
+    LangVAE,
+    LangVAEConfig,
     LTMConfig,
 )
 from latentlm.latent_lm import LatentLM, LatentLMOutput
@@ -27,6 +29,8 @@ __all__ = [
     "GPVAEConfig",
     "InputError",
     "LTMConfig",
+    "LangVAE",
+    "LangVAEConfig",
     "LatentLM",
     "LatentLMConfig",
     "LatentLMOutput",

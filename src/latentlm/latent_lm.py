@@ -152,7 +152,8 @@ class LatentLM(PreTrainedModel):
         condition: Any = None,
     ) -> Float[Tensor, "*samples batch scored"]:
         """log p(x_t | z, …) in nats for each token of `input_ids[:, 1:]`; 0 where there is padding."""
-        log_probabilities = self.decode(latents, input_ids, attention_mask, condition).float().log_softmax(-1)
+        logits = self.decode(latents, input_ids, attention_mask, condition)
+        log_probabilities = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
         targets = input_ids[:, 1:].expand(log_probabilities.shape[:-1])
         chosen = log_probabilities.gather(-1, targets[..., None])[..., 0]
         return chosen.masked_fill(~self.scored_tokens(input_ids, attention_mask), 0.0)

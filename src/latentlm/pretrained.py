@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -108,7 +109,9 @@ def _weight_files(name: str, revision: str | None) -> list[Path]:
     raise InputError(f"{name} has no weights as safetensors: save it with transformers' save_pretrained.")
 
 
-def pooling_of(name: str, revision: str | None, model: PreTrainedModel) -> tuple[Literal["mean", "first", "last"], bool]:
+def pooling_of(
+    name: str, revision: str | None, model: PreTrainedModel
+) -> tuple[Literal["mean", "first", "last"], bool]:
     """How an encoder's states become one vector, and whether that is normalised, as is said with it or is usual.
 
     Sentence-transformers say so in `modules.json` and `1_Pooling/config.json`. Of others a causal model has seen all of
@@ -118,11 +121,17 @@ def pooling_of(name: str, revision: str | None, model: PreTrainedModel) -> tuple
     modules = _json(name, "modules.json", revision) or []
     normalised = any(str(module.get("type", "")).endswith("Normalize") for module in modules)
     if said is not None:
-        modes = {"pooling_mode_cls_token": "first", "pooling_mode_lasttoken": "last", "pooling_mode_mean_tokens": "mean"}
+        modes = {
+            "pooling_mode_cls_token": "first",
+            "pooling_mode_lasttoken": "last",
+            "pooling_mode_mean_tokens": "mean",
+        }
         for mode, how in modes.items():
             if said.get(mode):
                 return how, normalised  # type: ignore[return-value]
-    return ("last" if type(model.config) in AutoModelForCausalLM._model_mapping and _is_causal(model) else "mean"), False
+    return (
+        "last" if type(model.config) in AutoModelForCausalLM._model_mapping and _is_causal(model) else "mean"
+    ), False
 
 
 def _is_causal(model: PreTrainedModel) -> bool:
@@ -137,9 +146,14 @@ def _json(name: str, file: str, revision: str | None) -> Any:
 
 def encoder_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None) -> BatchEncoding:
     """Texts as an encoder takes them: its own special tokens, padded on the right, cut at its context."""
-    # an empty text has nothing to pool in a tokenizer without special tokens
-    texts = [text or " " for text in texts]
-    return tokenizer(
-        list(texts), padding=True, padding_side="right", truncation=longest is not None, max_length=longest,
-        return_tensors="pt", return_token_type_ids=False,
-    )
+    limits = {"truncation": longest is not None, "max_length": longest, "return_token_type_ids": False}
+    rows = tokenizer(list(texts), return_attention_mask=False, **limits)["input_ids"]
+    pad = tokenizer.pad_token_id
+    if pad is None:
+        pad = tokenizer.eos_token_id or 0  # read by nobody, since the mask says so
+    # of a tokenizer without special tokens, a text without tokens leaves nothing to pool
+    rows = [row or [pad] for row in rows]
+    lengths = torch.tensor([len(row) for row in rows])
+    input_ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+    return BatchEncoding({"input_ids": input_ids, "attention_mask": mask})

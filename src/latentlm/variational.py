@@ -7,6 +7,7 @@ langevin      weights trained on samples of p(z | x), figures as with gradient  
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -101,7 +102,7 @@ class VariationalLM(LatentLM):
     #: those, and of weights that it reads: what stays when the decoder is made anew
     encoder_weights: tuple[str, ...] = encoder_alone
 
-    def add_inference(self, encoder: type[nn.Module], latent_shape: tuple[int, ...]) -> None:
+    def add_inference(self, encoder: Callable[..., nn.Module], latent_shape: tuple[int, ...]) -> None:
         """Adds the weights that the config's inference has: `encoder(config, latent_shape)`, or a learned start."""
         self.latent_shape = latent_shape
         if self.config.has_encoder:

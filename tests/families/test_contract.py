@@ -1,6 +1,7 @@
 """What every family owes the contract, and what follows from it. `model` is each family and variant in turn."""
 
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from latentlm import InputError, LatentLM
 from latentlm.causal_lm import CausalLatentLM
 from latentlm.distributions import Stream, noise_shape, sample_from_noise, sequence_keys, sequence_noise
 from latentlm.evaluation.likelihood import score
-from latentlm.families import FAMILIES
+from latentlm.families import FAMILIES, HuggingFaceLM
 from latentlm.inference import infer_by_gradient
 
 LENGTHS = [9, 6, 2, 4]
@@ -220,6 +221,8 @@ def test_gradients_in_weights_by_finite_differences(variant):
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     generator = torch.Generator().manual_seed(0)
     along = [torch.randn(weight.shape, generator=generator, dtype=torch.float64) for weight in weights]
+    for direction, parameter in zip(along, model.parameters(), strict=True):
+        direction.mul_(parameter.requires_grad)  # what is frozen stays where it is
     tied = {"lm_head.weight": "embed_tokens.weight"}
 
     def value(step):
@@ -388,7 +391,7 @@ def test_a_bfloat16_model(variant):
     assert (found - expected).abs().max() < 0.15
     assert (found - expected).abs().sum() / mask[:, 1:].sum() < 0.05
     model.train()(input_ids, mask).loss.backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def test_autocast(model):
@@ -415,6 +418,8 @@ def test_autocast(model):
 def test_a_saved_model_gives_the_same_figures(model, load, tmp_path):
     if load is AutoModelForCausalLM and not isinstance(model, CausalLatentLM):
         pytest.skip("no causal model")
+    if isinstance(model, HuggingFaceLM):
+        pytest.skip("is saved as a plain model of transformers: test_huggingface.py")
     model.training_progress.fill_(0.37)
     input_ids, mask = padded(texts(4, 9), LENGTHS, "right")
     model.save_pretrained(tmp_path)
@@ -438,20 +443,24 @@ def test_a_new_model_is_at_the_beginning_of_training(model):
     "typo, field", [("hiden_size", "hidden_size"), ("beta_warm_up", "beta_warmup"), ("freebits", "free_bits")]
 )
 def test_a_misspelt_key_names_the_nearest(family, typo, field):
+    if field not in {f.name for f in fields(FAMILIES[family].config_class)}:
+        pytest.skip("a field of other families")
     with pytest.raises(InputError, match=f"no field '{typo}': did you mean {field}?"):
         small_config(family, **{typo: 1})
 
 
 def test_a_key_like_no_other_lists_the_fields(family):
-    with pytest.raises(InputError, match=r"its fields are .*hidden_size"):
+    with pytest.raises(InputError, match=r"its fields are .*vocab_size"):
         small_config(family, xyzzy=1)
 
 
 def test_a_misspelt_key_in_a_file(model, tmp_path):
+    if isinstance(model, HuggingFaceLM):
+        pytest.skip("its file is transformers' own")
     model.save_pretrained(tmp_path)
     file = tmp_path / "config.json"
-    file.write_text(file.read_text().replace('"hidden_size"', '"hiden_size"'))
-    with pytest.raises(InputError, match="did you mean hidden_size"):
+    file.write_text(file.read_text().replace('"vocab_size"', '"vocab_sise"'))
+    with pytest.raises(InputError, match="did you mean vocab_size"):
         AutoModel.from_pretrained(tmp_path)
 
 
@@ -468,6 +477,8 @@ def test_a_misspelt_key_in_a_file(model, tmp_path):
     ],
 )
 def test_impossible_values_are_refused(family, changes, message):
+    if not changes.keys() <= {f.name for f in fields(FAMILIES[family].config_class)}:
+        pytest.skip("fields of other families")
     with pytest.raises(Exception, match=message):
         small_config(family, **changes)
 

@@ -5,9 +5,18 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from latentlm.families.autoregressive import Autoregressive, AutoregressiveConfig
 from latentlm.families.gp_vae import GPVAE, GPVAEConfig
 from latentlm.families.gpt_vae import GPTVAE, GPTVAEConfig
+from latentlm.families.huggingface import HuggingFaceLM, HuggingFaceLMConfig
+from latentlm.families.lang_vae import LangVAE, LangVAEConfig
 from latentlm.families.ltm import LTM, LTMConfig
 
-FAMILIES = {"ltm": LTM, "gp_vae": GPVAE, "gpt_vae": GPTVAE, "autoregressive": Autoregressive}
+FAMILIES = {
+    "ltm": LTM,
+    "gp_vae": GPVAE,
+    "gpt_vae": GPTVAE,
+    "lang_vae": LangVAE,
+    "autoregressive": Autoregressive,
+    "huggingface": HuggingFaceLM,
+}
 
 for _family in FAMILIES.values():
     AutoConfig.register(_family.config_class.model_type, _family.config_class)
@@ -24,5 +33,9 @@ __all__ = [
     "AutoregressiveConfig",
     "GPTVAEConfig",
     "GPVAEConfig",
+    "HuggingFaceLM",
+    "HuggingFaceLMConfig",
+    "LangVAE",
+    "LangVAEConfig",
     "LTMConfig",
 ]

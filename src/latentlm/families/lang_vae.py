@@ -11,7 +11,7 @@ its own argmax token by token; z's keys and values stand beside the cache, not i
 same attention and cannot be lost to a window; padding is not trained; a text's own EOS is.
 """
 
-import math
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Independent
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import cached_file
 
 from latentlm.data.tokenizers import load_tokenizer
 from latentlm.distributions import standard_normal
 from latentlm.errors import InputError
-from latentlm.generation import GeneratesFromLatents
-from latentlm.latent_lm import LatentLMOutput
+from latentlm.hosted_lm import HostedLM
 from latentlm.layers import pool
 from latentlm.layers.injection import Slots, slot_shapes
 from latentlm.pretrained import encoder_tokens, fingerprint, load_decoder, load_encoder, pooling_of
@@ -90,7 +88,7 @@ class LangVAEConfig(VariationalConfig):
 class Bottleneck(nn.Module):
     """q_φ(z | x) from a frozen encoder's pooled states."""
 
-    def __init__(self, size: int, config: LangVAEConfig):
+    def __init__(self, size: int, config: LangVAEConfig, latent_shape: tuple[int, ...]):
         super().__init__()
         self.norm = nn.LayerNorm(size)
         self.mean = nn.Linear(size, config.latent_size)
@@ -128,7 +126,7 @@ class Injection(nn.Module):
         return [self.slots * heads * width for heads, *widths in self.shapes for width in widths]
 
 
-class LangVAE(GeneratesFromLatents, VariationalLM):
+class LangVAE(HostedLM, VariationalLM):
     """A bottleneck between two frozen models, which are loaded by the names in the config.
 
     The text is tokenised for the decoder. What the encoder reads is the same text, tokenised anew for it, so q is a
@@ -143,15 +141,17 @@ class LangVAE(GeneratesFromLatents, VariationalLM):
     def __init__(self, config: LangVAEConfig):
         super().__init__(config)
         language_model = load_decoder(config.decoder_name, config.decoder_revision)
+        longest = getattr(language_model.config, "max_position_embeddings", None) or config.max_position_embeddings
+        if longest < config.max_position_embeddings:
+            raise InputError(f"max_position_embeddings exceeds the context of {config.decoder_name}, {longest}.")
         self.injection = Injection(config, slot_shapes(language_model))
-        text_encoder = None
+        text_encoder, size = None, 0
         if config.has_encoder:
             assert config.encoder_name is not None
             text_encoder = load_encoder(config.encoder_name, config.encoder_revision)
             self._how = pooling_of(config.encoder_name, config.encoder_revision, text_encoder)
-        self.add_inference(
-            lambda config, shape: Bottleneck(text_encoder.config.hidden_size, config), (config.latent_size,)
-        )
+            size = text_encoder.config.hidden_size
+        self.add_inference(functools.partial(Bottleneck, size), (config.latent_size,))
         self.post_init()
         # after our own weights are made, which would make theirs anew
         self.language_model, self.text_encoder = language_model, text_encoder
@@ -217,81 +217,10 @@ class LangVAE(GeneratesFromLatents, VariationalLM):
         rows = [ids[mask.bool()][1:].tolist() for ids, mask in zip(input_ids.cpu(), real.cpu(), strict=True)]
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-    def decode(
-        self,
-        latents: Float[Tensor, "*samples_batch_event"],
-        input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch time"] | None = None,
-        condition: Any = None,
-    ) -> Float[Tensor, "*samples batch scored vocabulary"]:
-        self.check_text(input_ids, attention_mask)
-        if latents.dim() < 2 or latents.shape[-2:] != (len(input_ids), self.config.latent_size):
-            raise InputError(
-                f"latents of shape {list(latents.shape)} do not fit {len(input_ids)} sequences: "
-                f"give [{len(input_ids)}, {self.config.latent_size}]."
-            )
-        samples = latents.shape[:-2]
-        repeats = math.prod(samples)
-        if input_ids.shape[1] == 1:  # BOS alone: nothing to score
-            nothing = self.injection(latents.flatten(0, -2))[0][0].flatten(1)[:, :1, None] * 0
-            return nothing.expand(-1, -1, self.language_model.config.vocab_size)[:, :0].unflatten(
-                0, (*samples, len(input_ids))
-            )
-        mask = None if attention_mask is None else attention_mask[:, :-1].repeat(repeats, 1)
-        output = self._decoded(latents.flatten(0, -2), input_ids[:, :-1].repeat(repeats, 1), mask)
-        return output.logits.unflatten(0, (*samples, len(input_ids)))
-
-    # ---- a step of training or of generation ---------------------------------------------------------------------
-
-    def forward(
-        self,
-        input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
-        condition: Any = None,
-        latents: Float[Tensor, "batch *event"] | None = None,
-        position_ids: Int64[Tensor, "batch time"] | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        seed: int | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> LatentLMOutput:
-        """Without latents the objective (`LatentLM.forward`); with latents a step of generation, and no inference."""
-        if latents is None:
-            return super().forward(
-                input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
-            )
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
-        output = self._decoded(latents, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
-        return LatentLMOutput(logits=output.logits, past_key_values=past_key_values)
-
-    def new_cache(self) -> Cache:
-        return DynamicCache(config=self.language_model.config)
-
-    def _decoded(
-        self,
-        latents: Float[Tensor, "batch size"],
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        logits_to_keep: int = 0,
-    ) -> Any:
-        seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = self._positions(input_ids, attention_mask, seen)
+    def given_latents(self, latents: Float[Tensor, "batch size"], position_ids: Tensor) -> dict[str, Any]:
+        self.check_latent_shape(latents)
         keys, values = self.injection(latents)
-        return self.language_model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids.expand(len(input_ids), -1),
-            past_key_values=past_key_values,
-            use_cache=past_key_values is not None,
-            logits_to_keep=logits_to_keep,
-            latent_slots=Slots(keys, values, self._scores(position_ids.expand(len(input_ids), -1))),
-        )
+        return {"latent_slots": Slots(keys, values, self._scores(position_ids))}
 
     def _scores(self, position_ids: Int64[Tensor, "batch time"]) -> Float[Tensor, "batch 1 time slots"]:
         """ln of how often the token at a position sees each slot."""

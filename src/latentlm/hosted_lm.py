@@ -1,0 +1,103 @@
+"""Families whose decoder is a causal language model of transformers, taken whole."""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from latentlm.errors import InputError
+from latentlm.generation import GeneratesFromLatents
+from latentlm.latent_lm import LatentLMOutput
+
+
+class HostedLM(GeneratesFromLatents):
+    """p(x | z) = Π_t p(x_t | z, x_<t) by `language_model`, which is given what `given_latents` makes of z.
+
+    Texts are scored in one pass over the text itself, and written step by step with the model's own cache.
+    """
+
+    language_model: PreTrainedModel
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def given_latents(self, latents: Float[Tensor, "batch *event"], position_ids: Tensor) -> dict[str, Any]:
+        """What the language model's `forward` is given of z; positions [batch, time] count text, from BOS at 0."""
+        return {}
+
+    def decode(
+        self,
+        latents: Float[Tensor, "*samples_batch_event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+    ) -> Float[Tensor, "*samples batch scored vocabulary"]:
+        self.check_text(input_ids, attention_mask)
+        rows = latents.shape[: -self.latent_dims]
+        if not rows or rows[-1] != len(input_ids):
+            raise InputError(
+                f"latents of shape {list(latents.shape)} do not fit {len(input_ids)} sequences: give one for each."
+            )
+        repeats = math.prod(rows[:-1])
+        latents = latents.flatten(0, len(rows) - 1)
+        # BOS alone has nothing to score, but attention refuses a text of length 0
+        scored = slice(0, input_ids.shape[1] - 1)
+        read = input_ids if input_ids.shape[1] == 1 else input_ids[:, :-1]
+        mask = None if attention_mask is None else attention_mask[:, : read.shape[1]].repeat(repeats, 1)
+        return self._decoded(latents, read.repeat(repeats, 1), mask).logits[:, scored].unflatten(0, rows)
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        condition: Any = None,
+        latents: Float[Tensor, "batch *event"] | None = None,
+        position_ids: Int64[Tensor, "batch time"] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        seed: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> LatentLMOutput:
+        """Without latents the objective (`LatentLM.forward`); with latents a step of generation, and no inference.
+
+        A step returns logits of the token after each of the last `logits_to_keep` of `input_ids` (0 for all of them).
+        """
+        if latents is None:
+            return super().forward(
+                input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        output = self._decoded(latents, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
+        return LatentLMOutput(logits=output.logits, past_key_values=past_key_values)
+
+    def new_cache(self) -> Cache:
+        return DynamicCache(config=self.language_model.config)
+
+    def _decoded(
+        self,
+        latents: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Any:
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = self._positions(input_ids, attention_mask, seen)
+        position_ids = position_ids.expand(len(input_ids), -1)
+        return self.language_model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+            logits_to_keep=logits_to_keep,
+            **self.given_latents(latents, position_ids),
+        )
