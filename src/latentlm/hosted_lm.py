@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -93,6 +93,8 @@ class LatentLM(PreTrainedModel):
     latent_dims = 1
     #: whether a latent has a part for each scored token, so that its shape depends on the text's length
     latent_per_token = False
+    #: the config's field that names the model whose tokenizer the texts take; None where any may be taken
+    tokenizer_of: str | None = None
     _seen: Tensor | None = None  # what word dropout leaves of a training step's tokens
 
     def __init__(self, config: LatentLMConfig):

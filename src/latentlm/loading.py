@@ -9,12 +9,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from latentlm.config import LatentLMConfig
 from latentlm.data import load_tokenizer
 from latentlm.errors import InputError, one_sentence
-from latentlm.families import FAMILIES
+from latentlm.families import FAMILIES, HuggingFaceLM
 from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, reason_of, saving, sync_folder, write_checksums
 from latentlm.latent_lm import WEIGHTS, LatentLM
 
@@ -46,20 +48,22 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
         _check_folder(folder)
     try:
         with no_progress_bars():
-            # weights as torch pickles them are never read
-            model, info = AutoModel.from_pretrained(
-                path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
-            )
+            if isinstance(AutoConfig.from_pretrained(path), LatentLMConfig):
+                # weights as torch pickles them are never read
+                model, info = AutoModel.from_pretrained(
+                    path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+                )
+            else:
+                model, info = HuggingFaceLM.of(path), {}
     except InputError as error:
         raise InputError(f"{path} cannot be loaded as a model: {error}") from error
     except Exception as error:  # every kind of damage raises its own kind of exception
         reason = one_sentence(error).rstrip(".")
         raise InputError(f"{path} cannot be loaded as a model ({reason}): copy it or save it again.") from error
-    if not isinstance(model, LatentLM):
-        raise InputError(f"{path} holds a {type(model).__name__}, which is no family of latentlm.")
-    wrong = sorted({*info["missing_keys"], *info["unexpected_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    wrong = {*info.get("missing_keys", ()), *info.get("unexpected_keys", ())}
+    wrong |= {key for key, *_ in info.get("mismatched_keys", ())}
     if wrong:
-        raise InputError(f"{path}: its weights do not fit its config.json (for one, {wrong[0]}): save the model again.")
+        raise InputError(f"{path}: its weights do not fit its config.json (for one, {min(wrong)}): save the model again.")
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise InputError(f"{path}: its weights {name} are not finite numbers: take an earlier checkpoint.")
@@ -123,7 +127,7 @@ def _check_folder(folder: Path) -> None:
         raise InputError(f"{folder / 'config.json'} cannot be read: {reason_of(error)}.") from error
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{folder} has no readable config.json with a model_type: it is no saved model.") from error
-    known = {family.config_class.model_type: name for name, family in FAMILIES.items()}
+    known = [family.config_class.model_type for family in FAMILIES.values()]
     fault = None
     if (folder / CHECKSUMS_FILE).exists():
         # a tokenizer that was saved by itself, after the model, is not listed
@@ -133,5 +137,8 @@ def _check_folder(folder: Path) -> None:
             f"{folder} is no whole model ({fault}): train on with --resume, take a checkpoint, "
             f"or delete its {CHECKSUMS_FILE} if you changed it yourself."
         )
-    if model_type not in known:
-        raise InputError(f"{folder} holds a model of type {model_type!r}; latentlm knows {', '.join(known)}.")
+    if model_type not in known and model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise InputError(
+            f"{folder} holds a model of type {model_type!r}; latentlm knows {', '.join(known)} "
+            "and the causal language models of transformers."
+        )

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
 
 from latentlm.data.hub import hub_or_cache
@@ -35,7 +36,8 @@ def load_decoder(name: str, revision: str | None = None, dtype: str | None = Non
     config = _config(name, revision)
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{name} is an encoder-decoder ({config.model_type}): a decoder is a causal language model.")
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    encodes = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if encodes or type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(f"{name} is no causal language model ({config.model_type}): give one as the decoder.")
     return _frozen(AutoModelForCausalLM, name, revision, dtype)
 

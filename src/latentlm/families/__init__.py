@@ -35,7 +35,7 @@ __all__ = [
     "GPVAEConfig",
     "HuggingFaceLM",
     "HuggingFaceLMConfig",
+    "LTMConfig",
     "LangVAE",
     "LangVAEConfig",
-    "LTMConfig",
 ]

@@ -124,9 +124,7 @@ class HuggingFaceLM(HostedLM):
         """Writes the plain model of transformers."""
         weights = kwargs.pop("state_dict", None) or self.state_dict()
         plain = {name.removeprefix(_PREFIX): value for name, value in weights.items() if name.startswith(_PREFIX)}
-        self.language_model.save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs
-        )
+        self.language_model.save_pretrained(save_directory, is_main_process=is_main_process, state_dict=plain, **kwargs)
         if is_main_process:
             write_checksums(save_directory, WEIGHTS)
 

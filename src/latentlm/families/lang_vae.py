@@ -115,7 +115,8 @@ class Injection(nn.Module):
     def forward(self, latents: Float[Tensor, "batch size"]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         weight = next(self.map.parameters())
         given = iter(self.map(latents.to(weight.dtype)).split(self._sizes, -1))
-        keys, values = [], []
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
         for heads, *widths in self.shapes:
             for found, width in zip((keys, values), widths, strict=True):
                 found.append(next(given).view(len(latents), heads, self.slots, width))
@@ -135,6 +136,7 @@ class LangVAE(HostedLM, VariationalLM):
 
     config: LangVAEConfig
     config_class = LangVAEConfig
+    tokenizer_of = "decoder_name"
     #: beginnings of the names of weights that are not ours
     frozen = ("language_model.", "text_encoder.")
 
@@ -248,7 +250,7 @@ class LangVAE(HostedLM, VariationalLM):
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=ours, **kwargs)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, path: str | Path, *args: Any, config: LangVAEConfig | None = None, **kwargs: Any
     ) -> Any:
         """Our own weights from a folder or a hub name, and the frozen models by the names in its config.

@@ -99,6 +99,11 @@ def slot_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
             so that a latent would reach nothing.
     """
     name = type(model).__name__
+    if model.device.type == "meta":  # which holds no numbers to run: what configs usually say, to count weights by
+        config = model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return [(heads, width, width)] * config.num_hidden_layers
     one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     try:
         model.set_attn_implementation(INJECTION)

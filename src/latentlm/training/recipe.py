@@ -284,6 +284,11 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
     data = _section(DataRecipe, "data", document["data"], places)
     evaluation = _section(EvaluationRecipe, "evaluation", document.get("evaluation") or {}, places)
     encoder = _section(EncoderRecipe, "encoder", document.get("encoder") or {}, places)
+    if (named := model.get(family.tokenizer_of or "")) is not None:
+        if data.tokenizer not in (None, named):
+            where = places[("data", "tokenizer")]
+            raise InputError(f"{where}: data.tokenizer must be that of model.{family.tokenizer_of}: leave it out.")
+        data = dataclasses.replace(data, tokenizer=named)
     # without those of every model of transformers, which say nothing here
     own = [kind for kind in family.config_class.__mro__ if issubclass(kind, LatentLMConfig)]
     of_tokenizer = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
