@@ -71,6 +71,8 @@ _OF_FAMILY: dict[str, dict[str, Any]] = {
 
 _PARTS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "t5": {"d_model": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2, "d_ff": 32},
     "bert": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
 }
 
@@ -82,7 +84,9 @@ def pretrained_part(kind: str) -> str:
 
     folder = Path(tempfile.mkdtemp(prefix=f"latentlm-{kind}-"))
     ends = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-    config = CONFIG_MAPPING[kind](vocab_size=VOCABULARY, **ends, **_PARTS.get(kind, _OF_LLAMA))
+    fields = _PARTS.get(kind, _OF_PHI if kind.startswith("phi") else _OF_LLAMA)
+    window = {"sliding_window": 4} if kind in ("mistral", "gemma2", "gemma3_text") else {}
+    config = CONFIG_MAPPING[kind](vocab_size=VOCABULARY, **ends, **fields, **window)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = (AutoModel if kind in ("bert", "t5") else AutoModelForCausalLM).from_config(config)

@@ -63,7 +63,9 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     wrong = {*info.get("missing_keys", ()), *info.get("unexpected_keys", ())}
     wrong |= {key for key, *_ in info.get("mismatched_keys", ())}
     if wrong:
-        raise InputError(f"{path}: its weights do not fit its config.json (for one, {min(wrong)}): save the model again.")
+        raise InputError(
+            f"{path}: its weights do not fit its config.json (for one, {min(wrong)}): save the model again."
+        )
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise InputError(f"{path}: its weights {name} are not finite numbers: take an earlier checkpoint.")

@@ -250,9 +250,7 @@ class LangVAE(HostedLM, VariationalLM):
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=ours, **kwargs)
 
     @classmethod
-    def from_pretrained(
-        cls, path: str | Path, *args: Any, config: LangVAEConfig | None = None, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, path: str | Path, *args: Any, config: LangVAEConfig | None = None, **kwargs: Any) -> Any:
         """Our own weights from a folder or a hub name, and the frozen models by the names in its config.
 
         Raises:

@@ -113,7 +113,9 @@ def slot_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
         asked = _Asked(torch.zeros((1, heads, 1, width), **like) for heads, width, _ in shapes)
         asked.places = set()
         values = tuple(torch.zeros((1, heads, 1, width), **like) for heads, _, width in shapes)
-        model(input_ids=one, latent_slots=Slots(asked, values, torch.zeros((1, 1, 1, 1), **like)))
+        slots = Slots(asked, values, torch.zeros((1, 1, 1, 1), **like))
+        asked.places.clear()
+        model(input_ids=one, latent_slots=slots)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise InputError(
             f"a {name} keeps no keys and values of each layer that a latent could stand beside: "
