@@ -3,15 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
 from latentlm.config import LatentLMConfig
 from latentlm.data import load_tokenizer
@@ -19,18 +17,7 @@ from latentlm.errors import InputError, one_sentence
 from latentlm.families import FAMILIES, HuggingFaceLM
 from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, reason_of, saving, sync_folder, write_checksums
 from latentlm.latent_lm import WEIGHTS, LatentLM
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Without transformers' bars for reading and writing weights, which take no time here and break our own lines."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
+from latentlm.pretrained import no_progress_bars
 
 
 def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:

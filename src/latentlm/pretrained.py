@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,25 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from latentlm.data.hub import hub_or_cache
 from latentlm.errors import InputError, one_sentence
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _CHUNK, _CHUNKS = 65536, 32
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Without transformers' bars for reading and writing weights, which take no time here and break our own lines."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def load_decoder(name: str, revision: str | None = None, dtype: str | None = None) -> PreTrainedModel:
@@ -67,7 +81,7 @@ def _frozen(kind: Any, name: str, revision: str | None, dtype: str | None) -> Pr
     if torch.get_default_device().type == "meta":  # somebody counts what a model would need
         return kind.from_config(_config(name, revision)).eval().requires_grad_(False)
     try:
-        with hub_or_cache(name):
+        with hub_or_cache(name), no_progress_bars():
             model, info = kind.from_pretrained(
                 name, revision=revision, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
             )

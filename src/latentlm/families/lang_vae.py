@@ -12,6 +12,9 @@ same attention and cannot be lost to a window; padding is not trained; a text's 
 """
 
 import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +24,14 @@ from jaxtyping import Float, Int64
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Independent
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from latentlm.data.tokenizers import load_tokenizer
-from latentlm.distributions import standard_normal
+from latentlm.data.datasets import collate, length_buckets
+from latentlm.data.embeddings import Embeddings
+from latentlm.data.tokenizers import load_tokenizer, tokenizer_fingerprint
+from latentlm.distributions import sequence_keys, standard_normal
 from latentlm.errors import InputError
 from latentlm.hosted_lm import HostedLM
 from latentlm.layers import pool
@@ -160,6 +166,7 @@ class LangVAE(HostedLM, VariationalLM):
         self._know_again("decoder")
         if text_encoder is not None:
             self._know_again("encoder")
+        self._kept: Embeddings | None = None
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
     def _know_again(self, part: str) -> None:
@@ -201,15 +208,68 @@ class LangVAE(HostedLM, VariationalLM):
     def embed(
         self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
     ) -> Float[Tensor, "batch size"]:
-        """The frozen encoder's pooled states of each text."""
+        """The frozen encoder's pooled states of each text, from what is kept or anew."""
+        if self._kept is None:
+            return self._embed(input_ids, attention_mask)
+        found, there = self._kept.find(sequence_keys(input_ids, attention_mask))
+        if not bool(there.all()):
+            mask = None if attention_mask is None else attention_mask[~there]
+            found[~there] = self._embed(input_ids[~there], mask)
+        return found
+
+    def keep_embeddings(
+        self,
+        folder: str | Path,
+        sequences: Dataset | None = None,
+        *,
+        batch_size: int = 64,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """From here on takes what the encoder says of a text from a folder, if it is there (`data.embeddings`).
+
+        Args:
+            sequences: what is missing of these is computed and kept first.
+            on_progress: called with (sequences done, sequences in all).
+        """
+        assert self.text_encoder is not None
+        what = [self.config.encoder_fingerprint, tokenizer_fingerprint(self._tokenizer("encoder"))]
+        what += [tokenizer_fingerprint(self._tokenizer("decoder")), *self._pooled_how()]
+        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
+        self._kept = Embeddings(folder, digest, self.text_encoder.config.hidden_size)
+        if sequences is None:
+            return
+
+        kept, number = self._kept, len(sequences)  # type: ignore[arg-type]
+        lengths = [len(sequences[index]["input_ids"]) for index in range(number)]
+
+        def missing() -> Iterator[tuple[Tensor, Tensor]]:
+            done = 0
+            for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
+                batch = collate([sequences[index] for index in indices], self.config.pad_token_id or 0)
+                input_ids, attention_mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
+                keys = sequence_keys(input_ids, attention_mask)
+                new = ~kept.find(keys)[1]
+                if bool(new.any()):
+                    yield keys[new], self._embed(input_ids[new], attention_mask[new])
+                done += len(indices)
+                if on_progress is not None:
+                    on_progress(done, number)
+
+        with torch.no_grad():
+            kept.add(missing())
+
+    def _pooled_how(self) -> tuple[str, bool]:
+        how, normalised = self._how
+        return self.config.pooling or how, normalised if self.config.normalise is None else self.config.normalise
+
+    def _embed(self, input_ids: Tensor, attention_mask: Tensor | None) -> Float[Tensor, "batch size"]:
         assert self.text_encoder is not None
         texts = self.texts_of(input_ids, attention_mask)
         longest = getattr(self.text_encoder.config, "max_position_embeddings", None)
         batch = encoder_tokens(self._tokenizer("encoder"), texts, longest).to(self.device)
         states = self.text_encoder(**batch).last_hidden_state
-        how, normalised = self._how
-        pooled = pool(states, batch["attention_mask"], self.config.pooling or how)
-        unit = normalised if self.config.normalise is None else self.config.normalise
+        how, unit = self._pooled_how()
+        pooled = pool(states, batch["attention_mask"], how)
         return nn.functional.normalize(pooled.float(), dim=-1) if unit else pooled.float()
 
     def texts_of(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:

@@ -51,6 +51,8 @@ class EncoderRecipe:
             drawn by the seed. He et al. go on until the encoder's loss falls no more; here their number is fixed.
         aggressive_until: for how much of training (after pre-training), as a fraction. He et al. stop when the mutual
             information of a validation set falls; a fraction lets a resumed run know where it is.
+        embeddings: folder in which what a frozen pretrained encoder says of each text is kept, computed once and before
+            training; for families that have one.
         initial: folder of a saved model of this family whose encoder is the first one here, in place of a fresh one.
     """
 
@@ -58,6 +60,7 @@ class EncoderRecipe:
     aggressive_steps: int = 0
     aggressive_until: float | int = 0.2
     initial: str | None = None
+    embeddings: str | None = None
 
     def validate_values(self) -> None:
         """Part of the validation of `@strict`."""

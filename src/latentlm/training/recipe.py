@@ -30,7 +30,7 @@ from latentlm.config import LatentLMConfig
 from latentlm.data.recipe import DataRecipe
 from latentlm.data.tokenizers import SMALLEST_VOCABULARY
 from latentlm.errors import InputError, one_sentence, shown
-from latentlm.families import FAMILIES
+from latentlm.families import FAMILIES, LangVAE
 from latentlm.latent_lm import LatentLM
 from latentlm.parallel_lm import ParallelLatentLM
 from latentlm.training.encoder import EncoderRecipe
@@ -315,6 +315,10 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         raise InputError(
             f"{places[('model', 'encoder_batch_norm')]}: model.encoder_batch_norm needs an encoder, "
             f"and inference {config.inference} has none."
+        )
+    if encoder.embeddings is not None and (not issubclass(family, LangVAE) or data.streaming or not config.has_encoder):
+        raise InputError(
+            f"{places[('encoder', 'embeddings')]}: encoder.embeddings is for a lang_vae with an encoder, not streamed."
         )
     if encoder.asks_for_something:
         with _located("encoder", document["encoder"], places):

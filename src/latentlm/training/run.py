@@ -1,7 +1,9 @@
 """From a recipe to a trained model in a folder."""
 
 import json
+import math
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,9 +19,11 @@ from latentlm.data.corpora import source_fingerprint
 from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus
 from latentlm.data.tokenizers import tokenizer_fingerprint
 from latentlm.errors import InputError
+from latentlm.families import LangVAE
 from latentlm.files import alone_in, damage, write_whole
 from latentlm.latent_lm import WEIGHTS, LatentLM
-from latentlm.loading import load, no_progress_bars, save
+from latentlm.loading import load, save
+from latentlm.pretrained import no_progress_bars
 from latentlm.processes import is_main, main_decides
 from latentlm.training import checkpoints
 from latentlm.training.encoder import take_encoder
@@ -28,6 +32,7 @@ from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
 
 HISTORY_FILE, ORDER_FILE = "history.json", "order.json"
+_SECONDS_BETWEEN_STAGES = 30
 
 
 def training_figures(folder: str | Path) -> dict[str, Any]:
@@ -228,6 +233,8 @@ def _train(
     model = build_model(recipe, corpus.tokenizer)
     if recipe.encoder.initial is not None and start.checkpoint is None:
         take_encoder(model, corpus.tokenizer, recipe.encoder.initial)
+    if recipe.encoder.embeddings is not None:
+        _keep_embeddings(model, recipe.encoder.embeddings, corpus, on_stage)
     if is_main() and start.checkpoint is None:
         checkpoints.remove_all(output)
         # a checkpoint is resumed by its recipe; a model that is replaced keeps its own until it is
@@ -265,6 +272,21 @@ def _train(
     if is_main():
         _write_end(model, corpus, output, document, trainer.state.log_history, weights)
     return model, corpus, trainer.state.log_history
+
+
+def _keep_embeddings(model: LatentLM, folder: str, corpus: Corpus, on_stage: Callable[[str], None]) -> None:
+    """Of all training texts, by the main process; the others wait, and all read what it kept."""
+    assert isinstance(model, LangVAE)
+    said = -math.inf
+
+    def on_progress(done: int, number: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _SECONDS_BETWEEN_STAGES:
+            said = time.monotonic()
+            on_stage(f"what the encoder says is kept in {folder}: {done:,} of {number:,} texts")
+
+    main_decides(lambda: model.keep_embeddings(folder, corpus.train, on_progress=on_progress))
+    model.keep_embeddings(folder)
 
 
 def _write_end(
