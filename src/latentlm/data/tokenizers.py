@@ -133,7 +133,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     _check_fast(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     del backend["truncation"], backend["padding"]  # of the last call, and no part of the tokenizer
-    content = json.dumps([backend, *bos_and_eos(tokenizer)], sort_keys=True)
+    content = json.dumps([backend, tokenizer.bos_token_id, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 

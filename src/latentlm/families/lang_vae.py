@@ -232,8 +232,8 @@ class LangVAE(HostedLM, VariationalLM):
             on_progress: called with (sequences done, sequences in all).
         """
         assert self.text_encoder is not None
-        what = [self.config.encoder_fingerprint, tokenizer_fingerprint(self._tokenizer("encoder"))]
-        what += [tokenizer_fingerprint(self._tokenizer("decoder")), *self._pooled_how()]
+        tokenizers = [tokenizer_fingerprint(self._tokenizer(part)) for part in ("encoder", "decoder")]
+        what = [self.config.encoder_fingerprint, *tokenizers, *self._pooled_how()]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         self._kept = Embeddings(folder, digest, self.text_encoder.config.hidden_size)
         if sequences is None:
@@ -258,7 +258,7 @@ class LangVAE(HostedLM, VariationalLM):
         with torch.no_grad():
             kept.add(missing())
 
-    def _pooled_how(self) -> tuple[str, bool]:
+    def _pooled_how(self) -> tuple[Literal["mean", "first", "last"], bool]:
         how, normalised = self._how
         return self.config.pooling or how, normalised if self.config.normalise is None else self.config.normalise
 
