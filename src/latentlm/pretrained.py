@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
@@ -94,6 +95,16 @@ def _frozen(kind: Any, name: str, revision: str | None, dtype: str | None) -> Pr
     if missing:
         raise InputError(f"{name} lacks weights of a {type(model).__name__} (for one, {missing[0]}): give another.")
     return model.eval().requires_grad_(False)
+
+
+def add_lora(model: PreTrainedModel, rank: int) -> None:
+    """Puts trainable adapters that change nothing yet into every linear map of a frozen model but its last."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", fan_in_fan_out=transposed), model
+    )
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:

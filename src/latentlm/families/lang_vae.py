@@ -14,7 +14,7 @@ same attention and cannot be lost to a window; padding is not trained; a text's 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ from latentlm.errors import InputError
 from latentlm.hosted_lm import HostedLM
 from latentlm.layers import pool
 from latentlm.layers.injection import Slots, slot_shapes
-from latentlm.pretrained import encoder_tokens, fingerprint, load_decoder, load_encoder, pooling_of
+from latentlm.pretrained import add_lora, encoder_tokens, fingerprint, load_decoder, load_encoder, pooling_of
 from latentlm.variational import VariationalConfig, VariationalLM
 
 
@@ -57,6 +57,8 @@ class LangVAEConfig(VariationalConfig):
             by the map t mod `latent_slots`.
         latent_slots: how many different keys and values z becomes in each layer.
         injection_rank: the map from z goes through so many numbers; None for a full map.
+        lora_rank: of adapters in every linear map of the decoder's layers (Hu et al. 2021, arXiv 2106.09685), which
+            train with what is ours; 0 for none. Their scale α ÷ rank is 1.
         pooling: how the encoder's states become one vector: their "mean", the "first", the "last"; None takes what
             comes with the encoder (sentence-transformers), or the last of a causal encoder and the mean of any other.
         normalise: the pooled vector is of unit length; None as comes with the encoder.
@@ -75,6 +77,7 @@ class LangVAEConfig(VariationalConfig):
     injection: Literal["prefix", "interleaved"] = "prefix"
     latent_slots: int = 1
     injection_rank: int | None = None
+    lora_rank: int = 0
     pooling: Literal["mean", "first", "last"] | None = None
     normalise: bool | None = None
     inference: Literal["gradient", "amortised", "cooperative", "langevin"] = "amortised"
@@ -84,6 +87,8 @@ class LangVAEConfig(VariationalConfig):
         for name in ("latent_size", "latent_slots", "injection_rank", "max_position_embeddings"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must not be negative, not {self.lora_rank}")
 
     def validate_parts(self) -> None:
         """Part of the validation of `@strict`."""
@@ -163,6 +168,8 @@ class LangVAE(HostedLM, VariationalLM):
         self.post_init()
         # after our own weights are made, which would make theirs anew
         self.language_model, self.text_encoder = language_model, text_encoder
+        if config.lora_rank:
+            add_lora(language_model, config.lora_rank)
         self._know_again("decoder")
         if text_encoder is not None:
             self._know_again("encoder")
@@ -299,14 +306,13 @@ class LangVAE(HostedLM, VariationalLM):
             self._tokenizers[part] = load_tokenizer(getattr(self.config, f"{part}_name"), needs_end=part == "decoder")
         return self._tokenizers[part]
 
-    def own_weights(self) -> dict[str, Tensor]:
-        """What is ours: all but the weights of the frozen models."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith(self.frozen)}
+    def _ours(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All but the weights of the frozen models; adapters in them are ours."""
+        return {name: value for name, value in weights.items() if not name.startswith(self.frozen) or ".lora_" in name}
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         """As any model's, of our own weights alone; the config names the frozen models."""
-        weights = kwargs.pop("state_dict", None) or self.state_dict()
-        ours = {name: value for name, value in weights.items() if not name.startswith(self.frozen)}
+        ours = self._ours(kwargs.pop("state_dict", None) or self.state_dict())
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=ours, **kwargs)
 
     @classmethod
@@ -320,7 +326,7 @@ class LangVAE(HostedLM, VariationalLM):
         config = config or LangVAEConfig.from_pretrained(path, **of_hub)
         model = cls(config)
         weights = load_file(str(cached_file(path, "model.safetensors", **of_hub)))
-        own = model.own_weights()
+        own = model._ours(model.state_dict())
         wrong = [
             (name, value.shape, own[name].shape)
             for name, value in weights.items()
