@@ -43,6 +43,8 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
             else:
                 model, info = HuggingFaceLM.of(path), {}
     except InputError as error:
+        if str(error).startswith(str(path)):
+            raise
         raise InputError(f"{path} cannot be loaded as a model: {error}") from error
     except Exception as error:  # every kind of damage raises its own kind of exception
         reason = one_sentence(error).rstrip(".")

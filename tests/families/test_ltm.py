@@ -682,6 +682,8 @@ def test_the_published_score_of_an_encoder_is_one_draw():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_comes_back_from_its_folder(variant, tmp_path):
+    if VARIANTS[variant][0] == "huggingface":
+        pytest.skip("is saved as a plain model of transformers: test_huggingface.py")
     model = small_variant(variant)
     input_ids, mask = padded(texts(3, 9), [9, 5, 2], "left")
     model.save_pretrained(tmp_path)

@@ -37,7 +37,7 @@ ADVISED = ".*: (save|copy|train|give|delete|write)"
 
 MODELS_TABLE = [
     # ---- models
-    Row("other family: llama", "generate llama", "a model of type 'llama'; latentlm knows latentlm_"),
+    Row("other family: llama", "generate llama", "llama cannot be loaded \\(.*model.safetensors"),
     Row(
         "other family: no latents to encode",
         "encode control --text a --output x.npz",

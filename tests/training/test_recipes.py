@@ -1,5 +1,6 @@
 """The recipes that come with the library: each reads, and each trains."""
 
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
 
@@ -46,8 +47,12 @@ def test_there_are_recipes():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_it_trains_two_steps(path, text_file, tmp_path):
-    overrides = list(SMALL)
-    data = load_recipe(path).data
+    recipe = load_recipe(path)
+    if recipe.family.tokenizer_of is not None:
+        pytest.skip("stands on a pretrained model: test_lang_vae_training.py")
+    known = {f.name for f in fields(recipe.family.config_class)}
+    overrides = [one for one in SMALL if not one.startswith("model.") or one[6:].partition("=")[0] in known]
+    data = recipe.data
     if not data.source.startswith("builtin:"):
         overrides.append(f"data.source={text_file}")
     if data.validation is not None and not data.validation.startswith("builtin:"):

@@ -284,7 +284,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
     data = _section(DataRecipe, "data", document["data"], places)
     evaluation = _section(EvaluationRecipe, "evaluation", document.get("evaluation") or {}, places)
     encoder = _section(EncoderRecipe, "encoder", document.get("encoder") or {}, places)
-    if (named := model.get(family.tokenizer_of or "")) is not None:
+    if family.tokenizer_of is not None and isinstance(named := model.get(family.tokenizer_of), str):
         if data.tokenizer not in (None, named):
             where = places[("data", "tokenizer")]
             raise InputError(f"{where}: data.tokenizer must be that of model.{family.tokenizer_of}: leave it out.")
