@@ -69,6 +69,8 @@ def load_encoder(name: str, revision: str | None = None, dtype: str | None = Non
 
 
 def _config(name: str, revision: str | None) -> Any:
+    if not name.strip():
+        raise InputError("a pretrained model has no name: give its folder or hub name.")
     try:
         with hub_or_cache(name):
             return AutoConfig.from_pretrained(name, revision=revision)

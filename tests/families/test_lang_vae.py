@@ -1,6 +1,7 @@
 """LangVAE: what it does to each architecture, against keys and values put into the cache by hand."""
 
 import json
+import shutil
 from importlib.resources import files
 
 import pytest
@@ -216,6 +217,7 @@ def config(**changes):
     [
         ({"decoder_name": "no/such/folder"}, "no/such/folder"),
         ({"encoder_name": "no/such/folder"}, "no/such/folder"),
+        ({"decoder_name": " "}, "has no name"),
         ({"max_position_embeddings": 65}, "max_position_embeddings exceeds the context of .*, 64"),
         ({"decoder_fingerprint": "0"}, "is not the decoder that this model was trained with"),
         ({"encoder_fingerprint": "0"}, "is not the encoder that this model was trained with"),
@@ -232,6 +234,15 @@ def test_parts_that_do_not_fit(changes, message):
 def test_no_decoder(kind, message):
     with pytest.raises(InputError, match=message):
         LangVAE(config(decoder_name=pretrained_part(kind)))
+
+
+def test_parts_are_found_from_anywhere(tmp_path, monkeypatch):
+    shutil.copytree(pretrained_part("gpt2"), tmp_path / "here" / "decoder")
+    monkeypatch.chdir(tmp_path / "here")
+    LangVAE(config(decoder_name="decoder")).save_pretrained("model")
+    monkeypatch.chdir(tmp_path)
+    loaded = LangVAE.from_pretrained("here/model")
+    assert loaded.config.decoder_name == str(tmp_path / "here" / "decoder")
 
 
 def test_slot_shapes_of_grouped_heads():

@@ -185,6 +185,8 @@ class LangVAE(HostedLM, VariationalLM):
         if (getattr(config, f"{part}_fingerprint") or found) != found:
             raise InputError(f"{name} is not the {part} that this model was trained with: its weights differ.")
         setattr(config, f"{part}_fingerprint", found)
+        if Path(name).is_dir():  # found again from anywhere on this machine
+            setattr(config, f"{part}_name", str(Path(name).resolve()))
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

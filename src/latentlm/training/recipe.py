@@ -326,7 +326,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
     try:
         check_memory(recipe.family, config)
     except InputError as error:
-        raise InputError(f"{places[('model',)]}: {error}.") from error
+        raise InputError(f"{places[('model',)]}: {str(error).rstrip('.')}.") from error
     return recipe
 
 
