@@ -12,7 +12,6 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from latentlm.config import TransformerConfig
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
-from latentlm.latent_lm import LatentLMOutput
 from latentlm.layers import self_cache, token_log_likelihood
 
 
@@ -111,34 +110,19 @@ class CausalLatentLM(GeneratesFromLatents):
             log_likelihood = of_rows.new_zeros(len(targets)).index_copy(0, rows, of_rows)
         return log_likelihood.view(*samples, *scored.shape).masked_fill(~scored, 0.0)
 
-    # ---- a step of training or of generation ---------------------------------------------------------------------
+    # ---- a step of generation ---------------------------------------------------------------------------------
 
-    def forward(
+    def next_logits(
         self,
+        latents: Float[Tensor, "batch *event"],
         input_ids: Int64[Tensor, "batch time"],
         attention_mask: Int64[Tensor, "batch seen"] | None = None,
-        condition: Any = None,
-        latents: Float[Tensor, "batch *event"] | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int = 0,
-        seed: int | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> LatentLMOutput:
-        """Without latents the objective (`LatentLM.forward`); with latents a step of generation, and no inference.
-
-        A step returns logits of the token after each of the last `logits_to_keep` of `input_ids` (0 for all of them).
-        """
-        if latents is None:
-            return super().forward(
-                input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
-            )
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
+    ) -> Float[Tensor, "batch kept vocabulary"]:
         states = self.hidden_states(latents, input_ids, attention_mask, position_ids, past_key_values)
-        return LatentLMOutput(logits=self.lm_head(states[:, -logits_to_keep:]), past_key_values=past_key_values)
+        return self.lm_head(states[:, -logits_to_keep:])
 
     # ---- for the families ----------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 
 from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
-from latentlm.latent_lm import LatentLM
+from latentlm.latent_lm import LatentLM, LatentLMOutput
 
 _NEW_TOKENS = 64
 
@@ -113,8 +113,47 @@ class WritesText(LatentLM):
 class GeneratesFromLatents(WritesText, GenerationMixin):
     """One token after another: infers z once, or takes it, and leaves the rest to transformers.
 
-    A family's `forward`, given latents, returns logits and fills the cache.
+    A family's `next_logits` returns logits and fills the cache.
     """
+
+    def next_logits(
+        self,
+        latents: Float[Tensor, "batch *event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        position_ids: Int64[Tensor, "batch time"] | None = None,
+        past_key_values: Cache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Float[Tensor, "batch kept vocabulary"]:
+        """Logits of the token after each of the last `logits_to_keep` of `input_ids`; the mask covers the cache."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        condition: Any = None,
+        latents: Float[Tensor, "batch *event"] | None = None,
+        position_ids: Int64[Tensor, "batch time"] | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        seed: int | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> LatentLMOutput:
+        """Without latents the objective (`LatentLM.forward`); with latents a step of generation, and no inference.
+
+        A step returns logits of the token after each of the last `logits_to_keep` of `input_ids` (0 for all of them).
+        """
+        if latents is None:
+            return super().forward(
+                input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
+            )
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        logits = self.next_logits(latents, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
+        return LatentLMOutput(logits=logits, past_key_values=past_key_values)
 
     def new_cache(self) -> Cache | None:
         """A fresh cache for `generate`; None lets GenerationMixin make its own."""

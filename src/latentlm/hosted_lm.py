@@ -10,7 +10,6 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
-from latentlm.latent_lm import LatentLMOutput
 
 
 class HostedLM(GeneratesFromLatents):
@@ -46,47 +45,20 @@ class HostedLM(GeneratesFromLatents):
         scored = slice(0, input_ids.shape[1] - 1)
         read = input_ids if input_ids.shape[1] == 1 else input_ids[:, :-1]
         mask = None if attention_mask is None else attention_mask[:, : read.shape[1]].repeat(repeats, 1)
-        return self._decoded(latents, read.repeat(repeats, 1), mask).logits[:, scored].unflatten(0, rows)
-
-    def forward(
-        self,
-        input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
-        condition: Any = None,
-        latents: Float[Tensor, "batch *event"] | None = None,
-        position_ids: Int64[Tensor, "batch time"] | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        seed: int | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        return_dict: bool | None = None,
-    ) -> LatentLMOutput:
-        """Without latents the objective (`LatentLM.forward`); with latents a step of generation, and no inference.
-
-        A step returns logits of the token after each of the last `logits_to_keep` of `input_ids` (0 for all of them).
-        """
-        if latents is None:
-            return super().forward(
-                input_ids, attention_mask, condition, seed=seed, num_items_in_batch=num_items_in_batch
-            )
-        if use_cache and past_key_values is None:
-            past_key_values = self.new_cache()
-        output = self._decoded(latents, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
-        return LatentLMOutput(logits=output.logits, past_key_values=past_key_values)
+        return self.next_logits(latents, read.repeat(repeats, 1), mask)[:, scored].unflatten(0, rows)
 
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.language_model.config)
 
-    def _decoded(
+    def next_logits(
         self,
-        latents: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None = None,
+        latents: Float[Tensor, "batch *event"],
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
-    ) -> Any:
+    ) -> Float[Tensor, "batch kept vocabulary"]:
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = self._positions(input_ids, attention_mask, seen)
@@ -99,4 +71,4 @@ class HostedLM(GeneratesFromLatents):
             use_cache=past_key_values is not None,
             logits_to_keep=logits_to_keep,
             **self.given_latents(latents, position_ids),
-        )
+        ).logits

@@ -6,7 +6,7 @@ short, and several processes may read while one makes more.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,15 +59,8 @@ class Embeddings:
             there |= hits
         return torch.from_numpy(found).to(keys.device), torch.from_numpy(there).to(keys.device)
 
-    def add(
-        self,
-        batches: Iterator[tuple[Int64[Tensor, " texts"], Float[Tensor, "texts size"]]],
-        on_progress: Callable[[int], None] = lambda number: None,
-    ) -> None:
+    def add(self, batches: Iterator[tuple[Int64[Tensor, " texts"], Float[Tensor, "texts size"]]]) -> None:
         """Keeps the vectors of batches of texts; of a text that comes twice, the first.
-
-        Args:
-            on_progress: told how many are kept so far.
 
         Raises:
             InputError: a disk that refuses, or another process that adds to the same folder.
@@ -81,11 +74,9 @@ class Embeddings:
                 rows.append(some_rows.float().cpu().numpy())
                 if sum(map(len, keys)) >= _PART:
                     self._publish(keys, rows)
-                    on_progress(len(self))
                     keys, rows = [], []
             if keys:
                 self._publish(keys, rows)
-                on_progress(len(self))
 
     def _publish(self, keys: list[np.ndarray], rows: list[np.ndarray]) -> None:
         sorted_keys, first = np.unique(np.concatenate(keys), return_index=True)

@@ -157,17 +157,27 @@ def _stream_corpus(data: DataRecipe, seed: int) -> Corpus:
     return Corpus(train, validation, tokenizer)
 
 
+def seldom(say: Callable[[str], None]) -> Callable[[str], None]:
+    """What says the first thing that it is given, and later ones where half a minute has passed since the last."""
+    said = -math.inf
+
+    def say_seldom(what: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _SECONDS_BETWEEN_STAGES:
+            said = time.monotonic()
+            say(what)
+
+    return say_seldom
+
+
 def _cached_corpus(data: DataRecipe, folder: str, on_stage: Callable[[str], None]) -> Corpus:
     def documents() -> Iterator[Document]:
         return read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
 
-    said = -math.inf
+    say = seldom(on_stage)
 
     def on_progress(documents: int, tokens: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SECONDS_BETWEEN_STAGES:
-            said = time.monotonic()
-            on_stage(f"tokenising into {folder}: {documents:,} documents, {tokens:,} tokens")
+        say(f"tokenising into {folder}: {documents:,} documents, {tokens:,} tokens")
 
     validation = _validation_documents(data)  # before hours of tokenising: it may not be there
     words = data.tokenizer == WORDS

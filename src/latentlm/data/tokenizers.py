@@ -108,9 +108,9 @@ def load_tokenizer(path: str | Path, needs_end: bool = True) -> PreTrainedTokeni
     except Exception as error:  # the loaders raise many types, down to bare Exception for a damaged file
         reason = one_sentence(error)
         raise InputError(f"{path} holds no tokenizer that loads ({reason}): give another folder") from error
-    if tokenizer.eos_token is None and not needs_end:
-        return tokenizer
     if tokenizer.eos_token is None:
+        if not needs_end:
+            return tokenizer
         raise InputError(f"the tokenizer of {path} has no end of sequence: set eos_token in its tokenizer_config.json")
     if max(tokenizer.get_vocab().values(), default=0) >= len(tokenizer):
         raise InputError(f"the tokenizer of {path} leaves some numbers out, so no vocabulary fits it: give another")

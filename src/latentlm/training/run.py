@@ -1,9 +1,7 @@
 """From a recipe to a trained model in a folder."""
 
 import json
-import math
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from latentlm.data import Collator, load_tokenizer
 from latentlm.data.corpora import source_fingerprint
-from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus
+from latentlm.data.recipe import RECIPE_FILE, Corpus, load_corpus, seldom
 from latentlm.data.tokenizers import tokenizer_fingerprint
 from latentlm.errors import InputError
 from latentlm.families import LangVAE
@@ -32,7 +30,6 @@ from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
 
 HISTORY_FILE, ORDER_FILE = "history.json", "order.json"
-_SECONDS_BETWEEN_STAGES = 30
 
 
 def training_figures(folder: str | Path) -> dict[str, Any]:
@@ -277,13 +274,10 @@ def _train(
 def _keep_embeddings(model: LatentLM, folder: str, corpus: Corpus, on_stage: Callable[[str], None]) -> None:
     """Of all training texts, by the main process; the others wait, and all read what it kept."""
     assert isinstance(model, LangVAE)
-    said = -math.inf
+    say = seldom(on_stage)
 
     def on_progress(done: int, number: int) -> None:
-        nonlocal said
-        if time.monotonic() - said >= _SECONDS_BETWEEN_STAGES:
-            said = time.monotonic()
-            on_stage(f"what the encoder says is kept in {folder}: {done:,} of {number:,} texts")
+        say(f"what the encoder says is kept in {folder}: {done:,} of {number:,} texts")
 
     main_decides(lambda: model.keep_embeddings(folder, corpus.train, on_progress=on_progress))
     model.keep_embeddings(folder)
