@@ -120,6 +120,7 @@ class CausalLatentLM(GeneratesFromLatents):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
+        condition: Tensor | None = None,
     ) -> Float[Tensor, "batch kept vocabulary"]:
         states = self.hidden_states(latents, input_ids, attention_mask, position_ids, past_key_values)
         return self.lm_head(states[:, -logits_to_keep:])

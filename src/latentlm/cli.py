@@ -54,6 +54,18 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Infer otherwise than in training, as inference_steps=64."),
 ]
+Annotations = Annotated[
+    str | None,
+    typer.Option(
+        help="Where --data has its labels: a column, or what separates them in a .txt; by default as trained."
+    ),
+]
+Labels = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="'LABEL …'", help="Of a conditional model: the labels of a text, in order; of each, or once for all."
+    ),
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; changes speed and memory, no figure.")]
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
@@ -211,6 +223,7 @@ def evaluate(
     ] = None,
     column: Column = None,
     sample_by: SampleBy = None,
+    annotations: Annotations = None,
     limit: Limit = None,
     iw_samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="K of the importance-weighted bound.")] = 16,
     protocol: Annotated[
@@ -268,7 +281,15 @@ def evaluate(
     loaded, tokenizer = _load(model)
     _change_inference(loaded, settings)
     sequences = evaluation_sequences(
-        model, tokenizer, loaded.config.max_position_embeddings, data, column=column, sample_by=sample_by, limit=limit
+        model,
+        tokenizer,
+        loaded.config.max_position_embeddings,
+        data,
+        column=column,
+        sample_by=sample_by,
+        limit=limit,
+        annotations=annotations,
+        labels=getattr(loaded.config, "annotation_labels", None),
     )
     if truncated := getattr(sequences, "truncated", 0):
         console.print(f"{truncated} texts are longer than {loaded.config.max_position_embeddings} tokens and are cut.")
@@ -302,6 +323,7 @@ def generate(
         Path | None,
         typer.Option(metavar="FILE", help="Write from the means in a file of encode, one for each prompt or text."),
     ] = None,
+    labels: Labels = None,
     number: Annotated[int, typer.Option("--number", "-n", min=1, max=_MOST_SAMPLES, help="Texts for each prompt.")] = 1,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="By default what the model's context leaves.")
@@ -352,6 +374,7 @@ def generate(
         loaded,
         tokenizer,
         prompts,
+        _split_labels(loaded, labels),
         latents=rows,
         **({} if lengths is None else {"lengths": lengths}),
         num_return_sequences=number,
@@ -363,7 +386,7 @@ def generate(
     )
     for text in texts:
         typer.echo(text)
-    given = {"prompts": prompts, "latents": None if latents is None else str(latents)}
+    given = {"prompts": prompts, "latents": None if latents is None else str(latents), "labels": labels or []}
     _write_json(json_file, {**given, "number": number, "seed": seed, "texts": texts})
 
 
@@ -377,6 +400,8 @@ def encode(
     data: Annotated[str | None, typer.Option(help=_DATA_HELP)] = None,
     column: Column = None,
     sample_by: SampleBy = None,
+    annotations: Annotations = None,
+    labels: Labels = None,
     limit: Limit = None,
     settings: Settings = None,
     batch_size: BatchSize = 32,
@@ -387,6 +412,7 @@ def encode(
     Example: latentlm encode runs/quickstart/ltm --data texts.txt --output latents.npz
     """
     from latentlm.data import read_documents
+    from latentlm.data.recipe import annotated_as, saved_data_recipe
     from latentlm.text import check_latents_path
     from latentlm.text import encode as run
     from latentlm.training.progress import counted
@@ -398,14 +424,29 @@ def encode(
     loaded, tokenizer = _load(model)
     _change_inference(loaded, settings)
     _check_has_latents(model, loaded)
+    of_texts = _split_labels(loaded, labels) or None
+    if of_texts is not None and len(of_texts) == 1:
+        of_texts *= len(text or [])
     if data is not None:
-        documents = read_documents(data, column=column, sample_by=sample_by or "line", limit=limit)
+        annotated = None
+        if getattr(loaded.config, "annotation_labels", None) is not None:
+            annotated = annotated_as(saved_data_recipe(model), annotations)
+        by = sample_by or "line"
+        documents = list(read_documents(data, column=column, sample_by=by, limit=limit, annotated=annotated))
         text = [document.text for document in documents]
+        of_texts = None if annotated is None else [document.annotations or () for document in documents]
+    options: dict[str, Any] = {"annotations": of_texts, "batch_size": batch_size, "seed": seed}
     with counted(_console(), "encoding") as on_progress:
-        encoding = run(loaded, tokenizer, text or [], batch_size=batch_size, seed=seed, on_progress=on_progress)
+        encoding = run(loaded, tokenizer, text or [], **options, on_progress=on_progress)
     encoding.save(output)
     shape = " × ".join(map(str, encoding.mean.shape[1:]))
     typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
+
+
+def _split_labels(model: Any, labels: list[str] | None) -> list[Any]:
+    """The labels of each text. One that is known as it stands, blanks and all, is that of a whole text."""
+    known = getattr(model.config, "annotation_labels", None) or ()
+    return [[one] if one in known else one.split() for one in labels or []]
 
 
 def _check_utf8(option: str, texts: list[str]) -> None:

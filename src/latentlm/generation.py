@@ -47,10 +47,10 @@ class WritesText(LatentLM):
         """Prompts with padding on the left, their mask, and how many tokens are to be written at most."""
         if (max_new_tokens is not None and max_new_tokens < 1) or num_return_sequences < 1:
             raise InputError("max_new_tokens and num_return_sequences must be at least 1.")
-        if latents is not None and self.rows_of(condition) is not None:
+        if latents is not None and self.tells_latent(condition):
             raise InputError("latents and a condition both say what z is: give one of them.")
         if input_ids is None:
-            rows = (self.rows_of(condition) or 1) if latents is None else len(latents)
+            rows = max(self.rows_of(condition) or 1, 1 if latents is None else len(latents))
             input_ids = torch.full((rows, 1), self._bos(), device=self.device)
         self.check_text(input_ids, attention_mask, within_context=False)  # below, with what is to be written
         if attention_mask is None:
@@ -92,7 +92,7 @@ class WritesText(LatentLM):
         # equal prompts in one call want different texts: the n-th of them has the n-th noise
         keys = keys + (keys[:, None] == keys[None]).tril(-1).sum(1)
         latents = self.draw_latents(prior, keys, draws, seed=noise_seed, stream=Stream.GENERATION)
-        prompted = (lengths > 0) | (self.rows_of(condition) is not None)
+        prompted = (lengths > 0) | self.tells_latent(condition)
         if bool(prompted.any()):
             posterior = self.infer(input_ids, attention_mask, condition, seed=noise_seed)
             posterior = self.going_on(posterior, lengths, prior)
@@ -101,7 +101,15 @@ class WritesText(LatentLM):
         return latents.transpose(0, 1).flatten(0, 1)
 
     def rows_of(self, condition: Any) -> int | None:
-        """For how many texts a condition says of itself what z is, so that BOS alone infers it, too; None for none."""
+        """For how many texts a condition is; None where it does not say."""
+        return None
+
+    def tells_latent(self, condition: Any) -> bool:
+        """Whether a condition says of itself what z is, so that BOS alone infers it, too."""
+        return False
+
+    def decoder_condition(self, condition: Any, rows: int) -> Tensor | None:
+        """What p(x | z, c) takes of a condition for so many texts, [rows, …], checked; None where it takes nothing."""
         return None
 
     def _bos(self) -> int:
@@ -124,8 +132,12 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
+        condition: Tensor | None = None,
     ) -> Float[Tensor, "batch kept vocabulary"]:
-        """Logits of the token after each of the last `logits_to_keep` of `input_ids`; the mask covers the cache."""
+        """Logits of the token after each of the last `logits_to_keep` of `input_ids`; the mask covers the cache.
+
+        `condition` is a `decoder_condition`.
+        """
         raise NotImplementedError
 
     def forward(
@@ -152,7 +164,9 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
             )
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
-        logits = self.next_logits(latents, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep)
+        condition = self.decoder_condition(condition, len(input_ids))
+        given = (latents, input_ids, attention_mask, position_ids, past_key_values, logits_to_keep, condition)
+        logits = self.next_logits(*given)
         return LatentLMOutput(logits=logits, past_key_values=past_key_values)
 
     def new_cache(self) -> Cache | None:
@@ -200,6 +214,9 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
             self.check_latents(latents, tuple(self.prior(1, 1).event_shape))
         prompts = (input_ids, latents, attention_mask, condition, max_new_tokens, num_return_sequences)
         input_ids, attention_mask, max_new_tokens = self._prompts(*prompts)
+        of_decoder = self.decoder_condition(condition, len(input_ids))
+        if of_decoder is not None:
+            condition = of_decoder  # one for each prompt
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed % 2**63)
@@ -224,6 +241,8 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                 latents = latents.repeat_interleave(draws, 0)
             input_ids = input_ids.repeat_interleave(draws, 0)
             attention_mask = attention_mask.repeat_interleave(draws, 0)
+            if of_decoder is not None:
+                condition = of_decoder = of_decoder.repeat_interleave(draws, 0)
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), FiniteScores()])
             if reinfer_every is not None:
                 return self._generate_reinferring(
@@ -243,6 +262,7 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                 input_ids,
                 attention_mask=attention_mask,
                 latents=latents,
+                **({} if of_decoder is None else {"condition": of_decoder}),
                 max_new_tokens=max_new_tokens,
                 num_return_sequences=num_return_sequences // draws,
                 **kwargs,
@@ -270,7 +290,9 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                 prior = self.prior(len(input_ids), max_new_tokens - begin, condition)
                 latents = self._latents_for(input_ids, attention_mask, condition, prior, 1, seed)
             new_tokens = min(every, max_new_tokens - begin)
-            given = {**kwargs, "past_key_values": self.new_cache()} if kwargs.get("use_cache", True) else kwargs
+            given = {**kwargs, "past_key_values": self.new_cache()} if kwargs.get("use_cache", True) else {**kwargs}
+            if self.decoder_condition(condition, len(input_ids)) is not None:
+                given["condition"] = condition
             rows = GenerationMixin.generate(
                 self, input_ids, attention_mask=attention_mask, latents=latents, max_new_tokens=new_tokens, **given
             )

@@ -22,8 +22,10 @@ class HostedLM(GeneratesFromLatents):
     _supports_sdpa = True
     _supports_flex_attn = True
 
-    def given_latents(self, latents: Float[Tensor, "batch *event"], position_ids: Tensor) -> dict[str, Any]:
-        """What the language model's `forward` is given of z; positions [batch, time] count text, from BOS at 0."""
+    def given_latents(
+        self, latents: Float[Tensor, "batch *event"], position_ids: Tensor, condition: Tensor | None
+    ) -> dict[str, Any]:
+        """What the language model's `forward` is given of z and c; positions [batch, time] count text, BOS at 0."""
         return {}
 
     def decode(
@@ -45,7 +47,9 @@ class HostedLM(GeneratesFromLatents):
         scored = slice(0, input_ids.shape[1] - 1)
         read = input_ids if input_ids.shape[1] == 1 else input_ids[:, :-1]
         mask = None if attention_mask is None else attention_mask[:, : read.shape[1]].repeat(repeats, 1)
-        return self.next_logits(latents, read.repeat(repeats, 1), mask)[:, scored].unflatten(0, rows)
+        given = self.decoder_condition(condition, len(input_ids))
+        given = None if given is None else given.repeat(repeats, 1)
+        return self.next_logits(latents, read.repeat(repeats, 1), mask, condition=given)[:, scored].unflatten(0, rows)
 
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.language_model.config)
@@ -58,6 +62,7 @@ class HostedLM(GeneratesFromLatents):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
+        condition: Tensor | None = None,
     ) -> Float[Tensor, "batch kept vocabulary"]:
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
@@ -70,5 +75,5 @@ class HostedLM(GeneratesFromLatents):
             past_key_values=past_key_values,
             use_cache=past_key_values is not None,
             logits_to_keep=logits_to_keep,
-            **self.given_latents(latents, position_ids),
+            **self.given_latents(latents, position_ids, condition),
         ).logits

@@ -8,6 +8,7 @@ A sequence is `input_ids` = BOS x_1 … x_T. BOS is given and never scored; ever
 """
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -112,6 +113,11 @@ class LatentLM(PreTrainedModel):
                 self.training_progress.zero_()
                 if self.config.kl_target is not None:
                     self.controlled_beta.fill_(_FIRST_BETA * self.config.beta)
+
+    @property
+    def beside_batch(self) -> Callable[[Tensor, Tensor | None], Mapping[str, Tensor]] | None:
+        """What a `Collator` is to make of each batch as part of its condition, before it comes to the model."""
+        return None
 
     # ---- the three sentences -------------------------------------------------------------------------------------
 
@@ -453,3 +459,8 @@ def _gradient_alone(value: Tensor) -> Tensor:
 def number_of_parameters(model: torch.nn.Module) -> int:
     """Parameters, each counted once however many names share it."""
     return sum(math.prod(parameter.shape) for parameter in model.parameters())
+
+
+def number_of_trained_parameters(model: torch.nn.Module) -> int:
+    """Those that training moves: not the frozen ones of a pretrained part."""
+    return sum(math.prod(parameter.shape) for parameter in model.parameters() if parameter.requires_grad)

@@ -4,10 +4,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
@@ -171,6 +174,33 @@ def _is_causal(model: PreTrainedModel) -> bool:
 def _json(name: str, file: str, revision: str | None) -> Any:
     path = cached_file(name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@dataclass
+class Retokeniser:
+    """Makes of texts in a decoder's tokens the same texts in an encoder's.
+
+    `longest` is the encoder's context, None for no limit. It holds no model, so that a worker that makes batches can
+    have it.
+    """
+
+    decoder: PreTrainedTokenizerBase
+    encoder: PreTrainedTokenizerBase
+    longest: int | None
+
+    def __call__(
+        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
+    ) -> dict[str, Int64[Tensor, "batch read"]]:
+        """`encoder_input_ids` and `encoder_attention_mask`, parts of a condition."""
+        tokens = encoder_tokens(self.encoder, texts_of(self.decoder, input_ids, attention_mask), self.longest)
+        return {f"encoder_{name}": value for name, value in tokens.items()}
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
+    """The text of each row's scored tokens, without the ends that a tokenizer adds."""
+    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    rows = [ids[mask.bool()][1:].tolist() for ids, mask in zip(input_ids.cpu(), real.cpu(), strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
 
 def encoder_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], longest: int | None) -> BatchEncoding:

@@ -1,7 +1,7 @@
 """Texts in; texts or latents out."""
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from latentlm.data import length_buckets, text_batch
+from latentlm.data import condition_of, length_buckets, text_batch
 from latentlm.errors import InputError, one_sentence
 from latentlm.files import check_writable, whole_file
 from latentlm.latent_lm import LatentLM
@@ -145,11 +145,15 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
+    annotations: Sequence[Sequence[str]] | None = None,
     batch_size: int = 32,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Encoding:
     """q(z | x) of each text, in batches of texts of similar length; row i belongs to text i.
+
+    Args:
+        annotations: the labels of each text, for a model that is conditional.
 
     Raises:
         InputError: no text, or one longer than the model's context.
@@ -163,14 +167,19 @@ def encode(
             raise InputError(f"text {row} has {length + 1} tokens and the model's context is {longest}: shorten it.")
     if not lengths:
         raise InputError("there is no text to encode.")
+    if annotations is not None and len(annotations) != len(texts):
+        raise InputError(f"the labels of {len(annotations)} texts do not fit {len(texts)}: give those of each.")
     means: list[np.ndarray] = [np.zeros(0)] * len(texts)
     variances = means.copy()
+    labels = getattr(model.config, "annotation_labels", None)
     done = 0
     for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
         batch = text_batch(tokenizer, [texts[index] for index in indices])
-        posterior = model.infer(
-            batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device), seed=seed
-        )
+        condition = None
+        if annotations is not None:
+            condition = on_device(condition_of([annotations[index] for index in indices], labels), model.device)
+        given = on_device(batch, model.device)
+        posterior = model.infer(given["input_ids"], given["attention_mask"], condition, seed=seed)
         mean, variance = posterior.mean.float().cpu().numpy(), posterior.variance.float().cpu().numpy()
         for row, index in enumerate(indices):
             end = lengths[index] + 1 if model.latent_per_token else None  # EOS is a token, too
@@ -180,6 +189,10 @@ def encode(
             on_progress(done, len(texts))
     of_tokens = np.array([len(mean) for mean in means]) if model.latent_per_token else None
     return Encoding(np.arange(len(texts)), _stacked(means), _stacked(variances), of_tokens)
+
+
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in tensors.items()}
 
 
 def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
@@ -193,11 +206,16 @@ def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def write(
-    model: LatentLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str] = (), **options: Any
+    model: LatentLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = (),
+    annotations: Sequence[Sequence[str]] = (),
+    **options: Any,
 ) -> list[str]:
     """Texts from each prompt (z inferred from it), or from the prior; takes the options of the model's `generate`.
 
-    Each text ends at its first end-of-text token. Rows of one prompt stand together. One prompt serves many `latents`.
+    A conditional model writes under `annotations`: the labels of each text to be written, or one text's for all. Each
+    text ends at its first end-of-text token. Rows of one prompt stand together. One prompt serves many `latents`.
     """
     given: dict[str, Any] = {}
     if options.get("latents") is not None:
@@ -206,7 +224,10 @@ def write(
             prompts = [*prompts] * len(options["latents"])
     if prompts:
         batch = text_batch(tokenizer, prompts, end=False)
-        given = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+        given = on_device(batch, model.device)
+    if annotations:
+        labels = getattr(model.config, "annotation_labels", None)
+        options["condition"] = on_device(condition_of(annotations, labels), model.device)
     rows = model.generate(**given, **options)
     skip = given["input_ids"].shape[1] if given else 1
     per_prompt = len(rows) // max(len(prompts), 1)

@@ -339,7 +339,7 @@ def test_a_real_sentence_encoder():
     assert model._how == ("mean", True)
     sentences = ["a cat sits on the mat", "there is a kitten on a rug", "stock prices fell sharply on monday"]
     tokenizer = AutoTokenizer.from_pretrained(minilm)
-    model.texts_of = lambda input_ids, mask=None: sentences
+    monkeypatch.setattr("latentlm.pretrained.texts_of", lambda tokenizer, input_ids, mask=None: sentences)
     found = model.embed(texts(3, 4))
     for row, sentence in enumerate(sentences):
         states = load_encoder(minilm)(**tokenizer(sentence, return_tensors="pt")).last_hidden_state[0]

@@ -1,7 +1,7 @@
 """Text and what becomes of it: corpora, tokenizers, blocks, sentences, batches."""
 
 from latentlm.data.builtin import FACTORS, GRAMMAR_SIZE, python_docs, render, sentences, stories
-from latentlm.data.corpora import Document, read_documents
+from latentlm.data.corpora import Annotated, Document, read_documents
 from latentlm.data.datasets import (
     Blocks,
     Collator,
@@ -9,6 +9,7 @@ from latentlm.data.datasets import (
     Sentences,
     StreamedBlocks,
     collate,
+    condition_of,
     length_buckets,
     split_documents,
     text_batch,
@@ -20,6 +21,7 @@ from latentlm.data.tokens import Tokens
 __all__ = [
     "FACTORS",
     "GRAMMAR_SIZE",
+    "Annotated",
     "Blocks",
     "Collator",
     "Document",
@@ -29,6 +31,7 @@ __all__ = [
     "StreamedBlocks",
     "Tokens",
     "collate",
+    "condition_of",
     "length_buckets",
     "load_tokenizer",
     "python_docs",

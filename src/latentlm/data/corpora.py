@@ -1,7 +1,8 @@
 """Reading text: every place that asks for data takes a file, a folder, `hub:NAME[:CONFIG]` or `builtin:NAME`.
 
-A reader yields documents one at a time, so that a corpus may be larger than memory. Whatever is wrong with a file
-is an `InputError` that names the file and the line.
+Annotations, labels of a text or of each of its words, are read beside it. A reader yields documents one at a time, so
+that a corpus may be larger than memory. Whatever is wrong with a file is an `InputError` that names the file and the
+line.
 """
 
 import csv
@@ -26,14 +27,45 @@ SUFFIXES = (
 
 @dataclass(frozen=True)
 class Document:
-    """One text, and the factors that generated it where they are known (the built-in sentences)."""
+    """One text, the factors that generated it where they are known (the built-in sentences), and its annotations."""
 
     text: str
     factors: Mapping[str, str] | None = None
+    annotations: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Where the labels of a text stand, and what each of them is of.
+
+    Args:
+        place: a column, as that of the text is named; in a `.txt` what stands between a line's text and its labels.
+        per: "word": a label for each word, words and labels being what white space separates. "text": one label.
+    """
+
+    place: str
+    per: str = "word"
+
+    def labels(self, text: str, content: Any, where: str) -> tuple[str, ...]:
+        """The labels in the content of a cell, or in a list of them, which have to fit the text."""
+        if isinstance(content, str):
+            content = content.split() if self.per == "word" else [content.strip()]
+        if not isinstance(content, list) or not content or not all(isinstance(one, str) and one for one in content):
+            raise InputError(f"{where} has no labels in {self.place!r}: fill them in or take the row out")
+        words = len(text.split()) if self.per == "word" else 1
+        if len(content) != words:
+            of = f"{words} words: give one for each" if self.per == "word" else "one text: give a single one"
+            raise InputError(f"{where} has {len(content)} labels for {of}")
+        return tuple(content)
 
 
 def read_documents(
-    source: str | Path, *, column: str | None = None, sample_by: str = "line", limit: int | None = None
+    source: str | Path,
+    *,
+    column: str | None = None,
+    sample_by: str = "line",
+    limit: int | None = None,
+    annotated: Annotated | None = None,
 ) -> Iterator[Document]:
     """Reads the documents of a source, lazily and in a fixed order.
 
@@ -46,6 +78,7 @@ def read_documents(
         sample_by: what a document of a `.txt` is: "line" (blank lines are no documents), "paragraph" (separated by
             blank lines) or "document" (the whole file).
         limit: stop after this many documents.
+        annotated: labels are read, too; a text without them, or with more or fewer than it has words, is an error.
 
     Raises:
         InputError: at once for a source that does not exist or an argument without meaning; while reading for
@@ -56,16 +89,22 @@ def read_documents(
         raise InputError(f"limit={limit} leaves nothing to read: give a positive number of documents, or none for all")
     if sample_by not in SAMPLE_BY:
         raise InputError(f"sample_by={sample_by!r} is unknown: give one of {', '.join(SAMPLE_BY)}")
+    if annotated is not None and annotated.per not in ("word", "text"):
+        raise InputError(f"labels are of each word or text, not of each {annotated.per!r}")
+    if annotated is not None and not annotated.place.strip():
+        raise InputError("the place of the annotations is empty: name a column, or what separates them in a .txt")
     name = str(source)
     if not name.strip():
         raise InputError("the name of the data is empty: give a file, a folder, hub:NAME[:CONFIG] or builtin:NAME")
     if name.startswith("builtin:"):
+        if annotated is not None:
+            raise InputError(f"{name} has no annotations: leave them out")
         documents = _read_builtin(name)
     elif name.startswith("hub:"):
-        documents = _read_hub(name, column)
+        documents = _read_hub(name, column, annotated)
     else:
         files = _files(Path(source))
-        documents = chain.from_iterable(_read_file(file, column, sample_by) for file in files)
+        documents = chain.from_iterable(_read_file(file, column, sample_by, annotated) for file in files)
     return islice(_non_empty(documents, name), limit if limit is None else min(limit, sys.maxsize))
 
 
@@ -128,14 +167,16 @@ def _unreadable(path: Path, error: OSError) -> InputError:
     return InputError(f"{path} cannot be read ({error.strerror or error}): check the file and its permissions")
 
 
-def _read_file(path: Path, column: str | None, sample_by: str) -> Iterator[Document]:
+def _read_file(
+    path: Path, column: str | None, sample_by: str, annotated: Annotated | None = None
+) -> Iterator[Document]:
     kind = (_kind(path) or "").removesuffix(".xz")
     readers: dict[str, Callable[[], Iterator[Document]]] = {
-        ".txt": lambda: _read_text(path, sample_by),
-        ".jsonl": lambda: _read_jsonl(path, column),
-        ".tsv": lambda: _read_delimited(path, column, _tsv_rows(path)),
-        ".csv": lambda: _read_delimited(path, column, _csv_rows(path)),
-        ".parquet": lambda: _read_parquet(path, column),
+        ".txt": lambda: _read_text(path, sample_by, annotated),
+        ".jsonl": lambda: _read_jsonl(path, column, annotated),
+        ".tsv": lambda: _read_delimited(path, column, _tsv_rows(path), annotated),
+        ".csv": lambda: _read_delimited(path, column, _csv_rows(path), annotated),
+        ".parquet": lambda: _read_parquet(path, column, annotated),
     }
     try:
         yield from readers[kind]()
@@ -165,7 +206,12 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             offset += len(raw)
 
 
-def _read_text(path: Path, sample_by: str) -> Iterator[Document]:
+def _read_text(path: Path, sample_by: str, annotated: Annotated | None) -> Iterator[Document]:
+    if annotated is not None:
+        if sample_by != "line":
+            raise InputError(f"{path} is annotated line by line: leave sample_by={sample_by} out")
+        yield from (_annotated_line(line, annotated, f"{path} line {n}") for n, line in _lines(path) if line.strip())
+        return
     lines = (line for _, line in _lines(path))
     if sample_by == "line":
         yield from (Document(line.strip()) for line in lines if line.strip())
@@ -181,6 +227,13 @@ def _read_text(path: Path, sample_by: str) -> Iterator[Document]:
             elif paragraph:
                 yield Document("\n".join(paragraph).strip())
                 paragraph = []
+
+
+def _annotated_line(line: str, annotated: Annotated, where: str) -> Document:
+    text, *labels = line.split(annotated.place)
+    if len(labels) != 1 or not text.strip():
+        raise InputError(f"{where} is not of the form TEXT{annotated.place}LABELS: mend it or take it out")
+    return Document(text.strip(), annotations=annotated.labels(text, labels[0], where))
 
 
 # --- records with named columns ----------------------------------------------------------------------------------
@@ -201,7 +254,7 @@ def _text_column(record: Mapping[str, Any], column: str | None, where: str) -> s
     raise InputError(f"{where} has no column 'text': give column= one of its columns ({names})")
 
 
-def _checked(text: Any, column: str, where: str) -> Document:
+def _checked(text: Any, column: str, where: str, annotated: Annotated | None = None, labels: Any = None) -> Document:
     if not isinstance(text, str) or not text.strip():
         raise InputError(f"{where} has no text in column {column!r}: fill it in or take the row out")
     if "\0" in text:
@@ -210,10 +263,16 @@ def _checked(text: Any, column: str, where: str) -> Document:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no UTF-8 text can hold
         raise InputError(f"{where} holds half of a surrogate pair in column {column!r}: write it as UTF-8") from error
-    return Document(text)
+    return Document(text, annotations=None if annotated is None else annotated.labels(text, labels, where))
 
 
-def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
+def _label_column(record: Mapping[str, Any], annotated: Annotated | None, where: str) -> None:
+    if annotated is not None and annotated.place not in record:
+        names = ", ".join(map(str, record)) or "none"
+        raise InputError(f"{where} has no column {annotated.place!r} of labels: give one of its columns ({names})")
+
+
+def _read_jsonl(path: Path, column: str | None, annotated: Annotated | None) -> Iterator[Document]:
     name = None
     for number, line in _lines(path):
         if not line.strip():
@@ -226,22 +285,31 @@ def _read_jsonl(path: Path, column: str | None) -> Iterator[Document]:
         if not isinstance(record, dict):
             raise InputError(f"{where} is {type(record).__name__}, no object: write one JSON object on each line")
         if name is None:
-            name = _text_column(record, column, where)
-        yield _checked(record.get(name), name, where)
+            name = _text_column(_without(record, annotated), column, where)
+            _label_column(record, annotated, where)
+        yield _checked(record.get(name), name, where, annotated, record.get(annotated.place) if annotated else None)
 
 
-def _read_records(records: Iterable[tuple[str, Mapping[str, Any]]], column: str | None) -> Iterator[Document]:
+def _without(record: Mapping[str, Any], annotated: Annotated | None) -> Mapping[str, Any]:
+    """The columns among which the text is looked for."""
+    return record if annotated is None else {name: value for name, value in record.items() if name != annotated.place}
+
+
+def _read_records(
+    records: Iterable[tuple[str, Mapping[str, Any]]], column: str | None, annotated: Annotated | None
+) -> Iterator[Document]:
     """Documents of (place, record) pairs; blank strings are skipped, missing ones are errors."""
     name = None
     for where, record in records:
         if name is None:
-            name = _text_column(record, column, where)
+            name = _text_column(_without(record, annotated), column, where)
+            _label_column(record, annotated, where)
         text = record.get(name)
         if not (isinstance(text, str) and not text.strip()):
-            yield _checked(text, name, where)
+            yield _checked(text, name, where, annotated, record.get(annotated.place) if annotated else None)
 
 
-def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
+def _read_parquet(path: Path, column: str | None, annotated: Annotated | None) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -253,12 +321,14 @@ def _read_parquet(path: Path, column: str | None) -> Iterator[Document]:
         with pq.ParquetFile(path) as file:
             # The schema, and not the first row, says which columns hold strings: a row may hold nulls.
             kinds = {field.name: "" if is_string(field.type) else None for field in file.schema_arrow}
-            name = _text_column(kinds, column, str(path))
+            name = _text_column(_without(kinds, annotated), column, str(path))
+            _label_column(kinds, annotated, str(path))
             if kinds[name] is None:
                 raise InputError(f"{path} column {name!r} holds no strings: give column= a column of text")
-            texts = (text for batch in file.iter_batches(1000, columns=[name]) for text in batch.column(0).to_pylist())
-            records = ((f"{path} row {number}", {name: text}) for number, text in enumerate(texts, start=1))
-            yield from _read_records(records, name)
+            columns = [name] if annotated is None else [name, annotated.place]
+            rows = (row for batch in file.iter_batches(1000, columns=columns) for row in batch.to_pylist())
+            records = ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
+            yield from _read_records(records, name, annotated)
     except (pa.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} is damaged or is no Parquet file ({reason}): write or copy it again") from error
@@ -285,28 +355,36 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         yield reader.line_num, row
 
 
-def _read_delimited(path: Path, column: str | None, rows: Iterator[tuple[int, list[str]]]) -> Iterator[Document]:
+def _read_delimited(
+    path: Path, column: str | None, rows: Iterator[tuple[int, list[str]]], annotated: Annotated | None
+) -> Iterator[Document]:
     rows = ((number, row) for number, row in rows if any(cell.strip() for cell in row))
     first = next(rows, None)
     if first is None:
         return
     index, has_header = _delimited_column(path, first[1], column)
     name = first[1][index] if has_header else str(index + 1)
+    of_labels = None
+    if annotated is not None:
+        of_labels, with_header = _delimited_column(path, first[1], annotated.place, "annotations")
+        if with_header != has_header:
+            raise InputError(f"{path}: name the columns of text and of labels both by name, or both by number")
     for number, row in rows if has_header else chain([first], rows):
-        yield _checked(row[index] if index < len(row) else None, name, f"{path} line {number}")
+        labels = row[of_labels] if of_labels is not None and of_labels < len(row) else None
+        yield _checked(row[index] if index < len(row) else None, name, f"{path} line {number}", annotated, labels)
 
 
-def _delimited_column(path: Path, first: list[str], column: str | None) -> tuple[int, bool]:
-    """Position of the text in a row, and whether the first row is a header."""
+def _delimited_column(path: Path, first: list[str], column: str | None, option: str = "column") -> tuple[int, bool]:
+    """Position of the text in a row, and whether the first row is a header; `option` is what errors ask for."""
     listing = ", ".join(repr(cell if len(cell) <= 30 else cell[:27] + "...") for cell in first[:8])
     found = f"{path} has {len(first)} column{'s' * (len(first) != 1)} and the first row {listing}"
     if column is not None and column.isascii() and column.isdigit():
         if not 1 <= int(column) <= len(first):
-            raise InputError(f"{found}, so there is no column {column}: give column= from 1 to {len(first)}")
+            raise InputError(f"{found}, so there is no column {column}: give {option}= from 1 to {len(first)}")
         return int(column) - 1, False
     if column is not None:
         if column not in first:
-            raise InputError(f"{found}, so there is no column {column!r}: give column= a name or number from it")
+            raise InputError(f"{found}, so there is no column {column!r}: give {option}= a name or number from it")
         return first.index(column), True
     if "text" in first:
         return first.index("text"), True
@@ -328,7 +406,7 @@ def _read_builtin(name: str) -> Iterator[Document]:
     return corpus()
 
 
-def _read_hub(name: str, column: str | None) -> Iterator[Document]:
+def _read_hub(name: str, column: str | None, annotated: Annotated | None) -> Iterator[Document]:
     dataset, _, config = name.removeprefix("hub:").partition(":")
     if not dataset:
         raise InputError(f"{name} names no data set: write hub:NAME or hub:NAME:CONFIG")
@@ -338,7 +416,8 @@ def _read_hub(name: str, column: str | None) -> Iterator[Document]:
         from datasets import load_dataset
 
         rows = iter(load_dataset(dataset, config or None, split="train", streaming=True))
-        yield from _read_records(((f"{name} row {number}", row) for number, row in enumerate(rows, start=1)), column)
+        records = ((f"{name} row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from _read_records(records, column, annotated)
     except InputError:
         raise
     except Exception as error:  # network, name, licence gate, missing split: many types, one remedy

@@ -6,7 +6,7 @@ bytes of the text that the scored tokens stand for; an EOS that a data set adds 
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -22,15 +22,19 @@ from latentlm.errors import InputError
 from latentlm.processes import rank_and_size
 
 IGNORE_INDEX = -100
+#: stands where a text has no more labels, in annotations [batch, words]
+NO_LABEL = -1
 _MEGA_CHUNK_BATCHES = 50  # lengths are sorted within this many batches: similar lengths, yet a random order
 
 
 class Item(TypedDict):
-    """One sequence: BOS and its scored tokens, the bytes of text that they stand for, and its place in the data set."""
+    """One sequence: BOS and its scored tokens, the bytes of text that they stand for, its place in the data set, and
+    its labels where it has some."""
 
     input_ids: Int64[Tensor, " time"]
     num_bytes: int
     index: int
+    annotations: NotRequired[Int64[Tensor, " words"]]
 
 
 def _item(bos: int, ids: Sequence[int] | Int32[np.ndarray, " tokens"], num_bytes: int, index: int) -> Item:
@@ -201,12 +205,13 @@ class Sentences(Dataset[Item]):
     Args:
         documents: read once, or their tokens; those without a token are skipped.
         tokenizer: gives BOS and EOS.
-        max_length: scored tokens kept of each document, EOS counted; None keeps all.
+        max_length: scored tokens kept of each document, EOS counted; None keeps all. Of its labels as many are kept.
+        labels: the names of all labels, where the documents are annotated and items are to say so.
 
     Attributes:
         factors: the generative factors of each item (None for one without), or None if no document has any.
 
-    Items: `input_ids` [lengths[i] + 1], `num_bytes`, `index`.
+    Items: `input_ids` [lengths[i] + 1], `num_bytes`, `index`; with `labels` also `annotations`, their places in it.
     """
 
     def __init__(
@@ -214,6 +219,7 @@ class Sentences(Dataset[Item]):
         documents: Iterable[Document] | Tokens,
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None = None,
+        labels: Sequence[str] | None = None,
     ):
         if max_length is not None:
             _check_positive(max_length=max_length)
@@ -223,6 +229,12 @@ class Sentences(Dataset[Item]):
             raise InputError("the documents hold no text: give at least one that is not empty")
         self.max_length = max_length
         self.factors = self._tokens.factors
+        self._annotations = None
+        if labels is not None:
+            of_texts = self._tokens.annotations
+            if of_texts is None or None in of_texts:
+                raise InputError("the texts are not annotated, and this model is of texts that are: say where they are")
+            self._annotations = [row[:max_length] for row in label_ids([row for row in of_texts if row], labels)]
 
     def _whole_lengths(self) -> Int64[np.ndarray, " documents"]:
         return np.diff(self._tokens.ends, prepend=0)
@@ -260,18 +272,50 @@ class Sentences(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         index = range(len(self))[index]
         span = self._span(index)
-        return _item(self._bos, self._tokens.ids[span], int(self._tokens.num_bytes[span].sum()), index)
+        item = _item(self._bos, self._tokens.ids[span], int(self._tokens.num_bytes[span].sum()), index)
+        if self._annotations is not None:
+            item["annotations"] = self._annotations[index]
+        return item
+
+
+def label_ids(annotations: Sequence[Sequence[str]], labels: Sequence[str]) -> list[Int64[Tensor, " words"]]:
+    """The labels of each text as their places among the known ones.
+
+    Raises:
+        InputError: a label that is none of them.
+    """
+    places = {label: place for place, label in enumerate(labels)}
+    for number, row in enumerate(annotations, start=1):
+        if unknown := [label for label in row if label not in places]:
+            known = ", ".join(labels[:30]) + (", …" if len(labels) > 30 else "")
+            raise InputError(f"text {number} has the label {unknown[0]!r}, which is none of {known}.")
+    return [torch.tensor([places[label] for label in row], dtype=torch.long) for row in annotations]
+
+
+def condition_of(annotations: Sequence[Sequence[str]], labels: Sequence[str] | None) -> dict[str, Tensor]:
+    """The labels of texts as a model takes them: `annotations` [texts, words].
+
+    Args:
+        labels: those that the model knows, its config's `annotation_labels`.
+
+    Raises:
+        InputError: the model knows none, or not one of these.
+    """
+    if labels is None:
+        raise InputError("this model was trained without annotations: give no labels.")
+    return {"annotations": padded_labels(label_ids(annotations, labels))}
 
 
 # --- batches -----------------------------------------------------------------------------------------------------
 
 
-def collate(features: Sequence[Mapping], pad_token_id: int) -> dict[str, Tensor]:
+def collate(features: Sequence[Mapping], pad_token_id: int) -> dict[str, Any]:
     """Pads items on the right to one batch.
 
     Returns:
         `input_ids` [B, L], `attention_mask` [B, L] (1 real, 0 padding), `labels` [B, L] (the ids, -100 at BOS and
-        padding: whoever counts scored tokens counts the rest), `num_bytes` [B], `index` [B].
+        padding: whoever counts scored tokens counts the rest), `num_bytes` [B], `index` [B]. Of annotated items also
+        `condition`, a mapping with `annotations` [B, words], −1 after a text's last label.
     """
     rows = [feature["input_ids"] for feature in features]
     lengths = torch.tensor([len(row) for row in rows])
@@ -283,17 +327,36 @@ def collate(features: Sequence[Mapping], pad_token_id: int) -> dict[str, Tensor]
     numbers = {
         name: torch.tensor([feature[name] for feature in features], dtype=torch.long) for name in ("num_bytes", "index")
     }
-    return {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels, **numbers}
+    batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": real.long(), "labels": labels, **numbers}
+    if "annotations" in features[0]:
+        batch["condition"] = {"annotations": padded_labels([feature["annotations"] for feature in features])}
+    return batch
+
+
+def padded_labels(rows: Sequence[Int64[Tensor, " _"]]) -> Int64[Tensor, "batch words"]:
+    """Labels of texts as one tensor, −1 after the last of each."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=NO_LABEL)
 
 
 class Collator:
-    """`collate` with the padding token of a tokenizer: a `data_collator` for a Trainer or a DataLoader."""
+    """`collate` with the padding token of a tokenizer: a `data_collator` for a Trainer or a DataLoader.
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    Args:
+        beside: makes of `input_ids` and `attention_mask` what else a model takes as condition, so that this is done
+            where batches are made (`pretrained.Retokeniser`); None for nothing.
+    """
 
-    def __call__(self, features: Sequence[Mapping]) -> dict[str, Tensor]:
-        return collate(features, self.pad_token_id)
+    def __init__(
+        self, pad_token_id: int, beside: Callable[[Tensor, Tensor | None], Mapping[str, Tensor]] | None = None
+    ):
+        self.pad_token_id, self.beside = pad_token_id, beside
+
+    def __call__(self, features: Sequence[Mapping]) -> dict[str, Any]:
+        batch = collate(features, self.pad_token_id)
+        if self.beside is not None:
+            made = self.beside(batch["input_ids"], batch["attention_mask"])
+            batch["condition"] = {**batch.get("condition", {}), **made}
+        return batch
 
 
 def text_batch(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], end: bool = True) -> BatchEncoding:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from latentlm.data.corpora import Document, read_documents, source_fingerprint
+from latentlm.data.corpora import Annotated, Document, read_documents, source_fingerprint
 from latentlm.data.datasets import Blocks, Sentences, StreamedBlocks, split_documents
 from latentlm.data.store import store_tokens
 from latentlm.data.tokenizers import (
@@ -49,6 +49,9 @@ class DataRecipe:
             by `split_seed`.
         column: text column of a table; see `data.read_documents`.
         sample_by: what of a text file is a document: "line", "paragraph" or "document".
+        annotations: where the labels of each text stand, which the model takes as a condition: a column, or in a `.txt`
+            what stands between a line's text and its labels, such as ' & '; None for none.
+        annotations_per: what has one label: each "word" (what white space separates) or each "text".
         unit: "blocks" packs documents into blocks of `length` tokens; "sentences" makes each document a sequence of at
             most `length` tokens.
         length: scored tokens of a sequence, T.
@@ -67,6 +70,8 @@ class DataRecipe:
     split_seed: int = 0
     column: str | None = None
     sample_by: Literal["line", "paragraph", "document"] = "line"
+    annotations: str | None = None
+    annotations_per: Literal["word", "text"] = "word"
     unit: Literal["blocks", "sentences"] = "blocks"
     length: int = 128
     limit: int | None = None
@@ -92,6 +97,8 @@ class DataRecipe:
             raise ValueError("streaming makes blocks: set unit to blocks, or streaming to false")
         if self.streaming and self.validation is None:
             raise ValueError("streaming reads source once and cannot split it: name a source under validation")
+        if self.annotations is not None and (self.unit != "sentences" or self.cache is not None):
+            raise ValueError("annotations are of sentences in memory: set unit to sentences, and leave cache out")
         if self.cache is not None and self.streaming:
             raise ValueError("cache keeps tokens that streaming does not need: leave one of them out")
         if self.cache is not None and self.validation is None:
@@ -99,14 +106,29 @@ class DataRecipe:
         if self.cache is not None and not self.cache.strip():
             raise ValueError("cache is empty: name a folder, or null for none")
 
+    def documents(self, source: str | None = None, limit: int | None = None) -> Iterator[Document]:
+        """Those of `source`, or of another source of the same form."""
+        return read_documents(
+            self.source if source is None else source,
+            column=self.column,
+            sample_by=self.sample_by,
+            limit=self.limit if source is None else limit,
+            annotated=self.annotated,
+        )
+
+    @property
+    def annotated(self) -> Annotated | None:
+        return None if self.annotations is None else Annotated(self.annotations, self.annotations_per)
+
 
 @dataclass
 class Corpus:
-    """A recipe's data as sequences, and the tokenizer that made them."""
+    """A recipe's data as sequences, the tokenizer that made them, and the names of the labels that they have."""
 
     train: Dataset
     validation: Dataset
     tokenizer: PreTrainedTokenizerBase
+    labels: list[str] | None = None
 
 
 def load_corpus(data: DataRecipe, seed: int = 0, on_stage: Callable[[str], None] = lambda stage: None) -> Corpus:
@@ -119,16 +141,20 @@ def load_corpus(data: DataRecipe, seed: int = 0, on_stage: Callable[[str], None]
         return _stream_corpus(data, seed)
     if data.cache is not None:
         return _cached_corpus(data, data.cache, on_stage)
-    documents = list(read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit))
+    documents = list(data.documents())
     if data.validation is None:
         training, validation = split_documents(documents, data.validation_fraction, data.split_seed)
     else:
         training, validation = documents, _validation_documents(data)
     tokenizer = _tokenizer(data, (document.text for document in training))
+    labels = None
+    if data.annotated is not None:  # a rare one may have come to the validation alone
+        labels = sorted({label for document in [*training, *validation] for label in document.annotations or ()})
     return Corpus(
-        make_sequences(training, tokenizer, data.unit, data.length, drop_last=True),
-        make_sequences(validation, tokenizer, data.unit, data.length, drop_last=False),
+        make_sequences(training, tokenizer, data.unit, data.length, drop_last=True, labels=labels),
+        make_sequences(validation, tokenizer, data.unit, data.length, drop_last=False, labels=labels),
         tokenizer,
+        labels,
     )
 
 
@@ -139,20 +165,18 @@ def make_sequences(
     length: int,
     *,
     drop_last: bool,
+    labels: Sequence[str] | None = None,
 ) -> Dataset:
-    """Blocks or sentences of at most `length` scored tokens."""
+    """Blocks or sentences of at most `length` scored tokens; `labels` names those of annotated sentences."""
     if unit == "sentences":
-        return Sentences(documents, tokenizer, max_length=length)
+        return Sentences(documents, tokenizer, max_length=length, labels=labels)
     return Blocks(documents, tokenizer, block_length=length, drop_last=drop_last)
 
 
 def _stream_corpus(data: DataRecipe, seed: int) -> Corpus:
-    def documents() -> Iterator[Document]:
-        return read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
-
-    first = (document.text for document, _ in zip(documents(), range(_TOKENIZER_DOCUMENTS), strict=False))
+    first = (document.text for document, _ in zip(data.documents(), range(_TOKENIZER_DOCUMENTS), strict=False))
     tokenizer = _tokenizer(data, first)
-    train = StreamedBlocks(documents, tokenizer, data.length, True, shuffle_buffer=_SHUFFLED_BLOCKS, seed=seed)
+    train = StreamedBlocks(data.documents, tokenizer, data.length, True, shuffle_buffer=_SHUFFLED_BLOCKS, seed=seed)
     validation = make_sequences(_validation_documents(data), tokenizer, data.unit, data.length, drop_last=False)
     return Corpus(train, validation, tokenizer)
 
@@ -171,9 +195,6 @@ def seldom(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 def _cached_corpus(data: DataRecipe, folder: str, on_stage: Callable[[str], None]) -> Corpus:
-    def documents() -> Iterator[Document]:
-        return read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
-
     say = seldom(on_stage)
 
     def on_progress(documents: int, tokens: int) -> None:
@@ -183,7 +204,7 @@ def _cached_corpus(data: DataRecipe, folder: str, on_stage: Callable[[str], None
     words = data.tokenizer == WORDS
     tokens, tokenizer = store_tokens(
         folder,
-        documents,
+        data.documents,
         data.vocab_size if data.tokenizer is None or words else load_tokenizer(data.tokenizer),
         {
             "source": source_fingerprint(data.source),
@@ -205,7 +226,7 @@ def _cached_corpus(data: DataRecipe, folder: str, on_stage: Callable[[str], None
 
 def _validation_documents(data: DataRecipe) -> list[Document]:
     assert data.validation is not None
-    return list(read_documents(data.validation, column=data.column, sample_by=data.sample_by))
+    return list(data.documents(data.validation))
 
 
 def _tokenizer(data: DataRecipe, texts: Iterable[str]) -> PreTrainedTokenizerBase:
@@ -239,6 +260,8 @@ def evaluation_sequences(
     column: str | None = None,
     sample_by: str | None = None,
     limit: int | None = None,
+    annotations: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> Dataset:
     """Sequences to evaluate a saved model on: `source`, cut as the model's recipe cuts, or the recipe's own validation.
 
@@ -246,20 +269,28 @@ def evaluation_sequences(
         folder: the model's.
         longest: the model's context, used where no recipe is saved with it (blocks of that many tokens).
         limit: documents read.
+        annotations: where labels stand in `source`, as `DataRecipe.annotations`; None as in the recipe.
+        labels: names of those that the model takes as a condition; None for none.
     """
     data = saved_data_recipe(folder)
     if source is None:
         if data is None:
             raise InputError(f"{folder} has no {RECIPE_FILE} that would say what to evaluate on: give --data.")
         if data.validation is None:
-            documents = list(
-                read_documents(data.source, column=data.column, sample_by=data.sample_by, limit=data.limit)
-            )
-            documents = split_documents(documents, data.validation_fraction, data.split_seed)[1][:limit]
+            documents = split_documents(list(data.documents()), data.validation_fraction, data.split_seed)[1][:limit]
         else:
-            documents = list(read_documents(data.validation, column=data.column, sample_by=data.sample_by, limit=limit))
+            documents = list(data.documents(data.validation, limit))
     else:
         by = sample_by or (data.sample_by if data else "line")
-        documents = list(read_documents(source, column=column, sample_by=by, limit=limit))
+        annotated = annotated_as(data, annotations) if labels is not None else None
+        documents = list(read_documents(source, column=column, sample_by=by, limit=limit, annotated=annotated))
     unit, length = (data.unit, data.length) if data else ("blocks", longest)
-    return make_sequences(documents, tokenizer, unit, length, drop_last=False)
+    return make_sequences(documents, tokenizer, unit, length, drop_last=False, labels=labels)
+
+
+def annotated_as(data: DataRecipe | None, annotations: str | None) -> Annotated:
+    """Where the labels of other texts stand: as a model's recipe says, at another place if one is given."""
+    place = annotations or (None if data is None else data.annotations)
+    if place is None:
+        raise InputError("this model is conditional: say where the labels of the texts stand (--annotations).")
+    return Annotated(place, "word" if data is None else data.annotations_per)

@@ -24,6 +24,7 @@ class Tokens:
         num_bytes: UTF-8 bytes of text that each token stands for; an EOS stands for none.
         ends: where each document ends, in tokens.
         factors: the generative factors of each document (None for one without); None where they are not kept.
+        annotations: the labels of each document, likewise.
 
     Eight bytes of memory per token.
     """
@@ -32,19 +33,22 @@ class Tokens:
     num_bytes: Int32[np.ndarray, " tokens"]
     ends: Int64[np.ndarray, " documents"]
     factors: Sequence[Mapping[str, str] | None] | None = None
+    annotations: Sequence[tuple[str, ...] | None] | None = None
 
     @classmethod
     def of(cls, documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase) -> "Tokens":
         """Tokenises documents in memory, with as many threads as torch computes with."""
         ids, num_bytes, ends = array("i"), array("i"), array("q")
         factors: list[Mapping[str, str] | None] = []
+        annotations: list[tuple[str, ...] | None] = []
         for _, batch in tokenise(documents, tokenizer, torch.get_num_threads()):
             ends.frombytes((batch.ends + len(ids)).tobytes())
             ids.frombytes(batch.ids.tobytes())
             num_bytes.frombytes(batch.num_bytes.tobytes())
             factors += batch.factors or []
+            annotations += batch.annotations or []
         flat = (np.frombuffer(ids, np.int32), np.frombuffer(num_bytes, np.int32), np.frombuffer(ends, np.int64))
-        return cls(*flat, factors if any(factors) else None)
+        return cls(*flat, factors if any(factors) else None, annotations if any(annotations) else None)
 
 
 def tokenise(
@@ -86,5 +90,11 @@ def tokenise(
 def _tokens(tokenizer: PreTrainedTokenizerBase, documents: list[Document], eos: int) -> Tokens:
     ids, num_bytes, lengths = encode_texts(tokenizer, [document.text for document in documents])
     ends = lengths[lengths > 0].cumsum()
-    factors = [document.factors for document, length in zip(documents, lengths, strict=True) if length]
-    return Tokens(np.insert(ids, ends, eos), np.insert(num_bytes, ends, 0), ends + np.arange(1, len(ends) + 1), factors)
+    kept = [document for document, length in zip(documents, lengths, strict=True) if length]
+    return Tokens(
+        np.insert(ids, ends, eos),
+        np.insert(num_bytes, ends, 0),
+        ends + np.arange(1, len(ends) + 1),
+        [document.factors for document in kept],
+        [document.annotations for document in kept],
+    )

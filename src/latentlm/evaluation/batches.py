@@ -17,7 +17,7 @@ from latentlm.inference import gathered
 from latentlm.latent_lm import LatentLM
 from latentlm.processes import gather_rows, rank_and_size
 
-Batch = tuple[list[int], Int64[Tensor, "batch time"], Int64[Tensor, "batch time"]]
+Batch = tuple[list[int], Int64[Tensor, "batch time"], Int64[Tensor, "batch time"], dict[str, Tensor] | None]
 
 
 @contextmanager
@@ -39,7 +39,8 @@ def in_batches(
     batch_size: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Batch]:
-    """Indices, `input_ids` and `attention_mask` of each batch, on the model's device; every sequence is in one.
+    """Indices, `input_ids`, `attention_mask` and condition of each batch, on the model's device; every sequence is in
+    one.
 
     Of several processes each gets every R-th batch: no sequence twice, and the same batches as one process would have.
 
@@ -60,7 +61,8 @@ def in_batches(
         if place % ranks != rank:
             continue
         batch = collate([sequences[index] for index in indices])
-        yield indices, batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
+        condition = {name: value.to(model.device) for name, value in batch.get("condition", {}).items()} or None
+        yield indices, batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device), condition
         if on_progress is not None:
             on_progress(done, number)
 

@@ -38,6 +38,7 @@ def continuation(
 
     Args:
         prompt_tokens: P, scored tokens of each sequence that are given; 0 draws z from the prior for the first part.
+            Of annotated texts all labels are given, those of what follows, too.
         reinfer_every: m; None infers z once, from the prompt.
         samples: K.
 
@@ -55,7 +56,8 @@ def continuation(
     figures = PerSequence("nll", "tokens")
     start = time.perf_counter()
     with evaluating(model):
-        for indices, input_ids, attention_mask in in_batches(model, Subset(sequences, long), batch_size, on_progress):
+        batches = in_batches(model, Subset(sequences, long), batch_size, on_progress)
+        for indices, input_ids, attention_mask, condition in batches:
             longest = input_ids.shape[1] - 1
             every = reinfer_every or longest
             nll = torch.zeros(len(indices), dtype=torch.double, device=model.device)
@@ -64,13 +66,14 @@ def continuation(
                 seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
                 if begin:
                     keys, told = sequence_keys(seen, seen_mask), attention_mask[:, : end + 1].sum(1) - 1
-                    law = model.infer(seen, seen_mask, seed=seed)
-                    law = model.going_on(law, seen_mask.sum(1) - 1, model.prior(len(input_ids), told))
+                    law = model.infer(seen, seen_mask, condition, seed=seed)
+                    law = model.going_on(law, seen_mask.sum(1) - 1, model.prior(len(input_ids), told, condition))
                 else:  # texts that begin alike need noise of their own, or their errors would add up
-                    law = model.prior(len(input_ids), attention_mask.sum(1) - 1)
+                    law = model.prior(len(input_ids), attention_mask.sum(1) - 1, condition)
                     keys = sequence_keys(input_ids, attention_mask)
+                until = (input_ids[:, : end + 1], attention_mask[:, : end + 1], condition)
                 log_likelihood = [
-                    model.log_likelihood(z, input_ids[:, : end + 1], attention_mask[:, : end + 1])[:, begin:].sum(-1)
+                    model.log_likelihood(z, *until)[:, begin:].sum(-1)
                     for z in model.draw_latents(law, keys, draws, seed=seed, stream=Stream.CONTINUATION)
                 ]
                 nll -= torch.stack(log_likelihood).double().logsumexp(0) - math.log(draws)

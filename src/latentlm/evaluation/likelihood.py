@@ -26,7 +26,7 @@ from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
 from latentlm.evaluation.batches import PerSequence, by_hash, evaluating, in_batches, synchronised
 from latentlm.evaluation.statistics import LatentStatistics
-from latentlm.latent_lm import LatentLM, number_of_parameters
+from latentlm.latent_lm import LatentLM, number_of_parameters, number_of_trained_parameters
 from latentlm.objective import elbo, importance_weighted_bound
 
 MUTUAL_INFORMATION_SEQUENCES = 256
@@ -46,7 +46,8 @@ def evaluate(
     """Scores every sequence of a dataset once; no figure depends on batch size, order or padding.
 
     Args:
-        sequences: items with `input_ids` (BOS x_1 … x_T) and `num_bytes` (UTF-8 bytes of x_1 … x_T).
+        sequences: items with `input_ids` (BOS x_1 … x_T) and `num_bytes` (UTF-8 bytes of x_1 … x_T). Where they have
+            `annotations`, all figures are of p(x | c), `conditional` says so, and none compares with those of p(x).
         iw_samples: K of the importance-weighted bound, of the ELBO's expectation, and of the prior's mean.
         seed: all noise is a function of (seed, sequence, sample).
         on_progress: called with (sequences done, sequences in all) after each batch.
@@ -65,13 +66,16 @@ def evaluate(
     places = {index: place for place, index in enumerate(by_hash(sequences)[:MUTUAL_INFORMATION_SEQUENCES])}
     statistics = LatentStatistics(_common_length(sequences) if model.latent_per_token else None)
     figures = PerSequence("tokens", "elbo", "iw", "reconstruction", "kl", "prior")
+    conditional = False
     start = time.perf_counter()
     with evaluating(model):
-        for indices, input_ids, attention_mask in in_batches(model, sequences, batch_size, on_progress):
+        for indices, input_ids, attention_mask, condition in in_batches(model, sequences, batch_size, on_progress):
+            conditional = conditional or condition is not None
             scores = score(
                 model,
                 input_ids,
                 attention_mask,
+                condition,
                 samples=samples,
                 seed=seed,
                 statistics=statistics,
@@ -89,7 +93,9 @@ def evaluate(
         "tokens": tokens,
         "bytes": num_bytes,
         "parameters": number_of_parameters(model),
+        "trained_parameters": number_of_trained_parameters(model),
         "exact": model.exact,
+        "conditional": conditional,
         "elbo_nll_per_token": per_token["elbo"],
         "iw_nll_per_token": per_token["iw"],
         "elbo_nll_per_sequence": totals["elbo"] / number,
@@ -132,6 +138,7 @@ def score(
     model: LatentLM,
     input_ids: Int64[Tensor, "batch time"],
     attention_mask: Int64[Tensor, "batch time"] | None = None,
+    condition: Any = None,
     *,
     samples: int = 16,
     seed: int = 0,
@@ -144,9 +151,9 @@ def score(
         statistics: told of the batch, and of the rows' `places` among those that are compared; see there.
     """
     lengths = model.scored_tokens(input_ids, attention_mask).sum(1)
-    prior = model.prior(len(input_ids), lengths)
+    prior = model.prior(len(input_ids), lengths, condition)
     begun = time.perf_counter()
-    posterior = model.infer(input_ids, attention_mask, seed=seed)
+    posterior = model.infer(input_ids, attention_mask, condition, seed=seed)
     synchronised(model.device)
     inference_seconds = time.perf_counter() - begun
     keys = sequence_keys(input_ids, attention_mask)
@@ -154,12 +161,12 @@ def score(
     log_likelihood, log_prior, log_posterior, under_prior = [], [], [], []
     latents = model.draw_latents(posterior, keys, samples, seed=seed, stream=Stream.IMPORTANCE)
     for z in latents:
-        log_likelihood.append(model.log_likelihood(z, input_ids, attention_mask).sum(-1))
+        log_likelihood.append(model.log_likelihood(z, input_ids, attention_mask, condition).sum(-1))
         log_prior.append(prior.log_prob(z))
         log_posterior.append(posterior.log_prob(z))
     if not model.exact:
         for z in model.draw_latents(prior, keys, samples, seed=seed, stream=Stream.PRIOR):
-            under_prior.append(model.log_likelihood(z, input_ids, attention_mask).sum(-1))
+            under_prior.append(model.log_likelihood(z, input_ids, attention_mask, condition).sum(-1))
     likelihoods = torch.stack(log_likelihood)
     prior_likelihoods = torch.stack(under_prior) if under_prior else likelihoods
     kl = kl_divergence(posterior, prior)

@@ -37,7 +37,7 @@ def published_figures(
         raise InputError(f"no published protocol is known for {type(model).__name__}: score it by the honest one.")
     figures = PerSequence("nll", "tokens")
     with evaluating(model):
-        for indices, input_ids, attention_mask in in_batches(model, sequences, batch_size, on_progress):
+        for indices, input_ids, attention_mask, _ in in_batches(model, sequences, batch_size, on_progress):
             tokens = model.scored_tokens(input_ids, attention_mask).sum(1)
             if isinstance(model, GPVAE):
                 nll, tokens = model.published_nll(input_ids, attention_mask, seed=seed)

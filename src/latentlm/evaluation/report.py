@@ -49,8 +49,15 @@ def _distinct(name: str) -> Any:
 
 _ROWS: Sequence[tuple[str, Any]] = (
     ("parameters", lambda one: f"{one['parameters']:,}"),
+    (
+        "  of which train",
+        lambda one: (
+            "–" if one.get("trained_parameters") in (None, one["parameters"]) else f"{one['trained_parameters']:,}"
+        ),
+    ),
     ("tokens trained on", lambda one: f"{one['training_tokens']:,.0f}" if "training_tokens" in one else "–"),
     ("NLL is", lambda one: "exact" if one["exact"] else "a bound"),
+    ("  of a text given its labels, p(x | c)", lambda one: "yes" if one.get("conditional") else "–"),
     ("NLL by ELBO, nats/token", _bound("elbo_nll_per_token")),
     ("NLL by IW, nats/token", _bound("iw_nll_per_token")),
     ("  importance samples K", lambda one: "–" if one["exact"] else str(one["iw_samples"])),

@@ -138,6 +138,9 @@ class GPTVAE(CausalLatentLM, VariationalLM):
     def rows_of(self, condition: Any) -> int | None:
         return None if condition is None else len(self._checked(condition)["input_ids"])
 
+    def tells_latent(self, condition: Any) -> bool:
+        return condition is not None
+
     def encode(
         self,
         input_ids: Int64[Tensor, "batch time"],

@@ -4,6 +4,9 @@ p(z)      = N(0, I), one vector z [latent_size]
 p(x | z)  = Π_t p(x_t | z, BOS, x_<t) by a pretrained causal LM, each of whose layers sees keys and values made of z
 q(z | x)  = N(μ, σ²), linear in the pooled states of a pretrained encoder; or by gradient steps (`VariationalConfig`)
 
+Of annotated texts (labels of each word or text; the paper's conditional variant) both are given them: p(x | z, c) and
+q(z | x, c), with p(z) as it is.
+
 Only what stands between them trains: z → keys and values (section 3.2, h = W_m z), and pooled states → μ, log σ².
 
 Where we differ: training is one parallel pass over the text itself (teacher forcing), where the published code decodes
@@ -25,18 +28,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributions import Independent
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from latentlm.data.datasets import collate, length_buckets
+from latentlm.data.datasets import NO_LABEL, collate, length_buckets
 from latentlm.data.embeddings import Embeddings
 from latentlm.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from latentlm.distributions import sequence_keys, standard_normal
 from latentlm.errors import InputError
 from latentlm.hosted_lm import HostedLM
-from latentlm.layers import pool
+from latentlm.layers import AttentionPooling, pool
 from latentlm.layers.injection import Slots, slot_shapes
-from latentlm.pretrained import add_lora, encoder_tokens, fingerprint, load_decoder, load_encoder, pooling_of
+from latentlm.pretrained import Retokeniser, add_lora, fingerprint, load_decoder, load_encoder, pooling_of
 from latentlm.variational import VariationalConfig, VariationalLM
 
 
@@ -59,9 +62,12 @@ class LangVAEConfig(VariationalConfig):
         injection_rank: the map from z goes through so many numbers; None for a full map.
         lora_rank: of adapters in every linear map of the decoder's layers (Hu et al. 2021, arXiv 2106.09685), which
             train with what is ours; 0 for none. Their scale α ÷ rank is 1.
-        pooling: how the encoder's states become one vector: their "mean", the "first", the "last"; None takes what
-            comes with the encoder (sentence-transformers), or the last of a causal encoder and the mean of any other.
+        pooling: how the encoder's states become one vector: their "mean", the "first", the "last", or by "attention" of
+            a query that trains; None takes what comes with the encoder (sentence-transformers), or the last of a causal
+            encoder and the mean of any other.
         normalise: the pooled vector is of unit length; None as comes with the encoder.
+        annotation_labels: names of the labels that texts are annotated with, from the data; None where they are not.
+        annotation_size: numbers that a text's labels become.
     """
 
     model_type = "latentlm_lang_vae"
@@ -78,13 +84,15 @@ class LangVAEConfig(VariationalConfig):
     latent_slots: int = 1
     injection_rank: int | None = None
     lora_rank: int = 0
-    pooling: Literal["mean", "first", "last"] | None = None
+    pooling: Literal["mean", "first", "last", "attention"] | None = None
     normalise: bool | None = None
+    annotation_labels: list[str] | None = None
+    annotation_size: int = 64
     inference: Literal["gradient", "amortised", "cooperative", "langevin"] = "amortised"
 
     def validate_latents(self) -> None:
         """Part of the validation of `@strict`."""
-        for name in ("latent_size", "latent_slots", "injection_rank", "max_position_embeddings"):
+        for name in ("latent_size", "latent_slots", "injection_rank", "max_position_embeddings", "annotation_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.lora_rank < 0:
@@ -95,32 +103,62 @@ class LangVAEConfig(VariationalConfig):
         if self.has_encoder and self.decoder_name and not self.encoder_name:
             raise ValueError(f"inference {self.inference} needs an encoder: give encoder_name, or take gradient")
 
+    @property
+    def numbers_of_labels(self) -> int:
+        """Of the vector that a text's labels become; 0 where texts have none."""
+        return 0 if self.annotation_labels is None else self.annotation_size
+
+
+class Annotations(nn.Module):
+    """c: a text's labels l_1 … l_M, in their order, as one vector Σ_m w_m ⊙ e(l_m) ÷ √M, with w and e learned.
+
+    Each position weights a label's embedding in its own way, so the same labels in another order are another c. The
+    published code pools one-hot vectors by position.
+    """
+
+    def __init__(self, config: LangVAEConfig):
+        super().__init__()
+        assert config.annotation_labels is not None
+        self.labels = nn.Parameter(torch.empty(len(config.annotation_labels), config.annotation_size))
+        self.positions = nn.Parameter(torch.empty(config.max_position_embeddings, config.annotation_size))
+
+    def forward(self, annotations: Int64[Tensor, "batch words"]) -> Float[Tensor, "batch size"]:
+        there = annotations != NO_LABEL
+        weights = self.positions[: annotations.shape[1]]
+        found = (self.labels[annotations.clamp_min(0)] * weights).masked_fill(~there[..., None], 0.0)
+        return found.sum(1) / there.sum(1, keepdim=True).clamp_min(1).sqrt()
+
 
 class Bottleneck(nn.Module):
-    """q_φ(z | x) from a frozen encoder's pooled states."""
+    """q_φ(z | x, c) from a frozen encoder's states."""
 
-    def __init__(self, size: int, config: LangVAEConfig, latent_shape: tuple[int, ...]):
+    def __init__(self, encoder_config: PreTrainedConfig, config: LangVAEConfig, latent_shape: tuple[int, ...]):
         super().__init__()
+        size = encoder_config.hidden_size
+        self.pooling = AttentionPooling(encoder_config, 1) if config.pooling == "attention" else None
         self.norm = nn.LayerNorm(size)
-        self.mean = nn.Linear(size, config.latent_size)
-        self.log_variance = nn.Linear(size, config.latent_size)
+        self.mean = nn.Linear(size + config.numbers_of_labels, config.latent_size)
+        self.log_variance = nn.Linear(size + config.numbers_of_labels, config.latent_size)
 
-    def forward(self, pooled: Float[Tensor, "batch size"]) -> tuple[Tensor, Tensor]:
+    def forward(self, pooled: Float[Tensor, "batch size"], labels: Tensor | None) -> tuple[Tensor, Tensor]:
         pooled = self.norm(pooled.to(self.mean.weight.dtype))
+        if labels is not None:
+            pooled = torch.cat((pooled, labels), -1)
         return self.mean(pooled).float(), self.log_variance(pooled).float()
 
 
 class Injection(nn.Module):
-    """z → keys and values of each layer, [batch, heads, slots, width]; a layer's heads and widths are its own."""
+    """z, and c beside it → keys and values of each layer, [batch, heads, slots, width], each of its own sizes."""
 
     def __init__(self, config: LangVAEConfig, shapes: list[tuple[int, int, int]]):
         super().__init__()
         self.shapes, self.slots = shapes, config.latent_slots
         size = config.latent_slots * sum(heads * (key + value) for heads, key, value in shapes)
+        given = config.latent_size + config.numbers_of_labels
         if config.injection_rank is None:
-            self.map: nn.Module = nn.Linear(config.latent_size, size)
+            self.map: nn.Module = nn.Linear(given, size)
         else:
-            down = nn.Linear(config.latent_size, config.injection_rank, bias=False)
+            down = nn.Linear(given, config.injection_rank, bias=False)
             self.map = nn.Sequential(down, nn.Linear(config.injection_rank, size))
 
     def forward(self, latents: Float[Tensor, "batch size"]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -150,6 +188,8 @@ class LangVAE(HostedLM, VariationalLM):
     tokenizer_of = "decoder_name"
     #: beginnings of the names of weights that are not ours
     frozen = ("language_model.", "text_encoder.")
+    annotations: Annotations | None
+    encoder_weights = (*VariationalLM.encoder_alone, "annotations.")
 
     def __init__(self, config: LangVAEConfig):
         super().__init__(config)
@@ -158,14 +198,18 @@ class LangVAE(HostedLM, VariationalLM):
         if longest < config.max_position_embeddings:
             raise InputError(f"max_position_embeddings exceeds the context of {config.decoder_name}, {longest}.")
         self.injection = Injection(config, slot_shapes(language_model))
-        text_encoder, size = None, 0
+        self.annotations = None if config.annotation_labels is None else Annotations(config)
+        text_encoder, of_encoder = None, None
         if config.has_encoder:
             assert config.encoder_name is not None
             text_encoder = load_encoder(config.encoder_name, config.encoder_revision)
             self._how = pooling_of(config.encoder_name, config.encoder_revision, text_encoder)
-            size = text_encoder.config.hidden_size
-        self.add_inference(functools.partial(Bottleneck, size), (config.latent_size,))
+            of_encoder = text_encoder.config
+        self.add_inference(functools.partial(Bottleneck, of_encoder), (config.latent_size,))
         self.post_init()
+        if text_encoder is not None:  # here, since in `_init_weights` what a linear map was given stays
+            bottleneck: Any = self.encoder
+            nn.init.constant_(bottleneck.log_variance.bias, config.inference_start_log_variance)
         # after our own weights are made, which would make theirs anew
         self.language_model, self.text_encoder = language_model, text_encoder
         if config.lora_rank:
@@ -174,7 +218,7 @@ class LangVAE(HostedLM, VariationalLM):
         if text_encoder is not None:
             self._know_again("encoder")
         self._kept: Embeddings | None = None
-        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+        self._retokenise: Retokeniser | None = None
 
     def _know_again(self, part: str) -> None:
         if self.device.type == "meta":
@@ -190,8 +234,9 @@ class LangVAE(HostedLM, VariationalLM):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Bottleneck):
-            nn.init.constant_(module.log_variance.bias, self.config.inference_start_log_variance)
+        if isinstance(module, Annotations):  # c is then of the size of z
+            nn.init.normal_(module.labels)
+            nn.init.normal_(module.positions)
 
     def train(self, mode: bool = True) -> "LangVAE":
         super().train(mode)
@@ -211,15 +256,28 @@ class LangVAE(HostedLM, VariationalLM):
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
     ) -> tuple[Float[Tensor, "batch size"], Float[Tensor, "batch size"]]:
-        return self.encoder(self.embed(input_ids, attention_mask))
+        annotations = self.decoder_condition(condition, len(input_ids))
+        labels = None if self.annotations is None else self.annotations(annotations)
+        bottleneck: Any = self.encoder
+        if bottleneck.pooling is None:
+            return bottleneck(self.embed(input_ids, attention_mask, condition), labels)
+        states, real = self._states(input_ids, attention_mask, condition)
+        return bottleneck(bottleneck.pooling(states.float(), real)[:, 0], labels)
 
     @torch.no_grad()
     def embed(
-        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
     ) -> Float[Tensor, "batch size"]:
-        """The frozen encoder's pooled states of each text, from what is kept or anew."""
+        """The frozen encoder's pooled states of each text, from what is kept or anew.
+
+        Args:
+            condition: may hold the texts as the encoder takes them, which `retokeniser` makes; else they are made here.
+        """
         if self._kept is None:
-            return self._embed(input_ids, attention_mask)
+            return self._embed(input_ids, attention_mask, condition)
         found, there = self._kept.find(sequence_keys(input_ids, attention_mask))
         if not bool(there.all()):
             mask = None if attention_mask is None else attention_mask[~there]
@@ -241,14 +299,16 @@ class LangVAE(HostedLM, VariationalLM):
             on_progress: called with (sequences done, sequences in all).
         """
         assert self.text_encoder is not None
-        tokenizers = [tokenizer_fingerprint(self._tokenizer(part)) for part in ("encoder", "decoder")]
+        if self.encoder.pooling is not None:
+            raise InputError("pooling by attention trains, so no pooled states can be kept: take another pooling.")
+        tokenizers = [tokenizer_fingerprint(one) for one in (self.retokeniser.encoder, self.retokeniser.decoder)]
         what = [self.config.encoder_fingerprint, *tokenizers, *self._pooled_how()]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         self._kept = Embeddings(folder, digest, self.text_encoder.config.hidden_size)
         if sequences is None:
             return
 
-        kept, number = self._kept, len(sequences)  # type: ignore[arg-type]
+        kept, number = self._kept, len(sequences)
         lengths = [len(sequences[index]["input_ids"]) for index in range(number)]
 
         def missing() -> Iterator[tuple[Tensor, Tensor]]:
@@ -269,27 +329,79 @@ class LangVAE(HostedLM, VariationalLM):
 
     def _pooled_how(self) -> tuple[Literal["mean", "first", "last"], bool]:
         how, normalised = self._how
-        return self.config.pooling or how, normalised if self.config.normalise is None else self.config.normalise
+        pooling: Any = self.config.pooling
+        return pooling or how, normalised if self.config.normalise is None else self.config.normalise
 
-    def _embed(self, input_ids: Tensor, attention_mask: Tensor | None) -> Float[Tensor, "batch size"]:
-        assert self.text_encoder is not None
-        texts = self.texts_of(input_ids, attention_mask)
-        longest = getattr(self.text_encoder.config, "max_position_embeddings", None)
-        batch = encoder_tokens(self._tokenizer("encoder"), texts, longest).to(self.device)
-        states = self.text_encoder(**batch).last_hidden_state
+    def _embed(self, input_ids: Tensor, attention_mask: Tensor | None, condition: Any = None) -> Tensor:
+        states, real = self._states(input_ids, attention_mask, condition)
         how, unit = self._pooled_how()
-        pooled = pool(states, batch["attention_mask"], how)
-        return nn.functional.normalize(pooled.float(), dim=-1) if unit else pooled.float()
+        pooled = pool(states, real, how).float()
+        return nn.functional.normalize(pooled, dim=-1) if unit else pooled
 
-    def texts_of(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
-        """The text of each row's scored tokens, without the ends that a tokenizer adds."""
-        tokenizer = self._tokenizer("decoder")
-        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        rows = [ids[mask.bool()][1:].tolist() for ids, mask in zip(input_ids.cpu(), real.cpu(), strict=True)]
-        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    @torch.no_grad()
+    def _states(
+        self, input_ids: Tensor, attention_mask: Tensor | None, condition: Any
+    ) -> tuple[Float[Tensor, "batch read size"], Int64[Tensor, "batch read"]]:
+        """The frozen encoder's states, and which of them are of text."""
+        assert self.text_encoder is not None
+        tokens: Any = condition if isinstance(condition, Mapping) and "encoder_input_ids" in condition else None
+        tokens = self.retokeniser(input_ids, attention_mask) if tokens is None else tokens
+        read, real = (tokens[f"encoder_{name}"].to(self.device) for name in ("input_ids", "attention_mask"))
+        return self.text_encoder(input_ids=read, attention_mask=real).last_hidden_state, real
 
-    def given_latents(self, latents: Float[Tensor, "batch size"], position_ids: Tensor) -> dict[str, Any]:
+    @property
+    def retokeniser(self) -> Retokeniser:
+        """Makes of the decoder's tokens the encoder's."""
+        if self._retokenise is None:
+            config = self.config
+            assert self.text_encoder is not None and config.encoder_name is not None
+            tokenizers = load_tokenizer(config.decoder_name), load_tokenizer(config.encoder_name, needs_end=False)
+            longest = getattr(self.text_encoder.config, "max_position_embeddings", None)
+            self._retokenise = Retokeniser(*tokenizers, longest)
+        return self._retokenise
+
+    @property
+    def beside_batch(self) -> Retokeniser | None:
+        return None if self.text_encoder is None or self._kept is not None else self.retokeniser
+
+    # ---- the condition -------------------------------------------------------------------------------------------
+
+    def decoder_condition(self, condition: Any, rows: int) -> Int64[Tensor, "rows words"] | None:
+        """Places of the labels of each text among `annotation_labels`, −1 after its last.
+
+        Raises:
+            InputError: labels for a model without annotations, none for one with them, or some that are not these.
+        """
+        names, longest = self.config.annotation_labels, self.config.max_position_embeddings
+        given = condition.get("annotations") if isinstance(condition, Mapping) else condition
+        if names is None:
+            if given is not None:
+                raise InputError("this model was trained without annotations: give no labels as condition.")
+            return None
+        if given is None:
+            raise InputError("this model is conditional, p(x | z, c): give the labels of each text as condition.")
+        if not isinstance(given, Tensor) or given.dim() != 2 or given.dtype != torch.long:
+            raise InputError("annotations are places of labels, whole numbers [texts, words]: see data.condition_of.")
+        if len(given) not in (1, rows):
+            raise InputError(f"the labels of {len(given)} texts do not fit {rows}: give those of each, or of one.")
+        if given.shape[1] > longest:
+            raise InputError(f"{given.shape[1]} labels exceed the model's context of {longest}: give fewer.")
+        if given.device.type == "cpu" and given.numel() and not NO_LABEL <= given.min() <= given.max() < len(names):
+            raise InputError(f"annotations must be at least {NO_LABEL} and less than {len(names)}, the known labels.")
+        return given.expand(rows, -1)
+
+    def rows_of(self, condition: Any) -> int | None:
+        given = condition.get("annotations") if isinstance(condition, Mapping) else condition
+        return None if given is None else len(given)
+
+    # ---- z to the decoder ----------------------------------------------------------------------------------------
+
+    def given_latents(
+        self, latents: Float[Tensor, "batch size"], position_ids: Tensor, condition: Tensor | None
+    ) -> dict[str, Any]:
         self.check_latent_shape(latents)
+        if self.annotations is not None:
+            latents = torch.cat((latents, self.annotations(condition).to(latents.dtype)), -1)
         keys, values = self.injection(latents)
         return {"latent_slots": Slots(keys, values, self._scores(position_ids))}
 
@@ -302,11 +414,6 @@ class LangVAE(HostedLM, VariationalLM):
         return brought.clamp_min(0).float().log()[:, None]
 
     # ---- the parts, and what is saved ----------------------------------------------------------------------------
-
-    def _tokenizer(self, part: str) -> PreTrainedTokenizerBase:
-        if part not in self._tokenizers:
-            self._tokenizers[part] = load_tokenizer(getattr(self.config, f"{part}_name"), needs_end=part == "decoder")
-        return self._tokenizers[part]
 
     def _ours(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """All but the weights of the frozen models; adapters in them are ours."""

@@ -161,9 +161,10 @@ class EncoderTraining(TrainerCallback):
         ]
         items = [trainer.train_dataset[row] for row in rows]
         batches = [trainer.data_collator(items[first : first + number]) for first in range(0, len(items), number)]
-        keys = ("input_ids", "attention_mask")
-        given = [trainer._prepare_inputs({key: batch[key] for key in keys}) for batch in batches]
-        own = torch.stack([model.scored_tokens(**batch).sum() for batch in given]).sum()
+        keys = ("input_ids", "attention_mask", "condition")
+        given = [trainer._prepare_inputs({key: batch[key] for key in keys if key in batch}) for batch in batches]
+        of_parts = [model.scored_tokens(batch["input_ids"], batch["attention_mask"]).sum() for batch in given]
+        own = torch.stack(of_parts).sum()
         tokens = gather_rows(own[None]).sum()
         optimizer = trainer.optimizer.optimizer  # accelerate's wrapper waits for the end of the model's accumulation
         trainer.indices.append(torch.tensor(rows))

@@ -291,11 +291,15 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         data = dataclasses.replace(data, tokenizer=named)
     # without those of every model of transformers, which say nothing here
     own = [kind for kind in family.config_class.__mro__ if issubclass(kind, LatentLMConfig)]
-    of_tokenizer = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"}
+    if data.annotations is not None and not issubclass(family, LangVAE):
+        raise InputError(
+            f"{places[('data', 'annotations')]}: data.annotations is a condition of lang_vae: leave it out."
+        )
+    of_tokenizer = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "annotation_labels"}
     config_fields = {name for kind in own for name in get_annotations(kind)} - of_tokenizer
     for key in model:
         if key not in config_fields:
-            owner = "comes from the tokenizer" if key in of_tokenizer else "is no field of the family"
+            owner = "comes from the data" if key in of_tokenizer else "is no field of the family"
             raise InputError(f"{places[('model', key)]}: model.{key} {owner}{_hint(key, config_fields)}.")
     _check_training(document["training"], places)
     if data.streaming and document["training"].get("max_steps", -1) < 1:

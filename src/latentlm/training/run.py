@@ -19,7 +19,7 @@ from latentlm.data.tokenizers import tokenizer_fingerprint
 from latentlm.errors import InputError
 from latentlm.families import LangVAE
 from latentlm.files import alone_in, damage, write_whole
-from latentlm.latent_lm import WEIGHTS, LatentLM
+from latentlm.latent_lm import WEIGHTS, LatentLM, number_of_parameters, number_of_trained_parameters
 from latentlm.loading import load, save
 from latentlm.pretrained import no_progress_bars
 from latentlm.processes import is_main, main_decides
@@ -44,14 +44,15 @@ def training_figures(folder: str | Path) -> dict[str, Any]:
         return {}
 
 
-def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> LatentLM:
-    """The recipe's model with fresh weights from the recipe's seed."""
+def build_model(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str] | None = None) -> LatentLM:
+    """The recipe's model with fresh weights from the recipe's seed, for texts with these labels, if any."""
     set_seed(recipe.training.get("seed", 0))
     config = recipe.model_config(
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **({} if labels is None else {"annotation_labels": list(labels)}),
     )
     return recipe.family(config)
 
@@ -227,7 +228,12 @@ def _train(
         if is_main():
             _write_end(model, corpus, output, document, state["log_history"])
         return model, corpus, state["log_history"]
-    model = build_model(recipe, corpus.tokenizer)
+    if truncated := getattr(corpus.train, "truncated", 0):
+        on_stage(f"{truncated:,} of {len(corpus.train):,} texts are cut at {recipe.data.length} tokens")  # type: ignore[arg-type]
+    model = build_model(recipe, corpus.tokenizer, corpus.labels)
+    trained, every = number_of_trained_parameters(model), number_of_parameters(model)
+    if trained < every:
+        on_stage(f"{trained:,} parameters train, beside {every - trained:,} frozen ones (Optimus: 233,000,000)")
     if recipe.encoder.initial is not None and start.checkpoint is None:
         take_encoder(model, corpus.tokenizer, recipe.encoder.initial)
     if recipe.encoder.embeddings is not None:
@@ -248,7 +254,7 @@ def _train(
         args=arguments,
         train_dataset=corpus.train,
         eval_dataset=corpus.validation,
-        data_collator=Collator(corpus.tokenizer.pad_token_id),
+        data_collator=Collator(corpus.tokenizer.pad_token_id, model.beside_batch),
         processing_class=corpus.tokenizer,
         evaluation=recipe.evaluation,
         encoder=recipe.encoder,

@@ -390,7 +390,9 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
         options = dict(trial.scoring)
         limit = options.pop("limit", None)
         if limit not in data:
-            data[limit] = evaluation_sequences(folder, tokenizer, model.config.max_position_embeddings, limit=limit)
+            labels = getattr(model.config, "annotation_labels", None)
+            longest = model.config.max_position_embeddings
+            data[limit] = evaluation_sequences(folder, tokenizer, longest, limit=limit, labels=labels)
         figures = trained | measure(model, data[limit], seed=trial.seed, **options)
         write_whole(folder / SCORES_FILE, json.dumps({**_scores(folder), trial.key: figures}, indent=1))
 

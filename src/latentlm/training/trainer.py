@@ -145,7 +145,8 @@ class LatentTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        given = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        keys = ("input_ids", "attention_mask", "condition")
+        given: dict[str, Any] = {key: inputs[key] for key in keys if key in inputs}
         given["seed"] = (self.args.seed << 32) + self.state.global_step
         loss, outputs = super().compute_loss(model, given, True, num_items_in_batch)
         tokens = self.model.scored_tokens(given["input_ids"], given["attention_mask"]).sum()
