@@ -88,19 +88,17 @@ def reconstructions(
 
     sources = decoded([sequences[index]["input_ids"][1:].tolist() for index in chosen])
     written = decoded(rows.tolist())
-    number = len(sources)
+    pairs = list(zip(sources, written, strict=True))
     # A greedy text is a function of z alone, so those of other z's are written already. Half-way round, since texts
     # that are alike are neighbours by their hash.
-    others = written[number // 2 :] + written[: number // 2]
+    half = len(pairs) // 2
+    others = written[half:] + written[:half]
     return {
-        "reconstruction_texts": number,
+        "reconstruction_texts": len(pairs),
         "reconstruction_bleu": _bleu(written, sources),
-        "reconstruction_bleu_of_other_z": _bleu(others, sources) if number > 1 else None,
-        "reconstruction_exact_match": sum(
-            source.strip() == text.strip() for source, text in zip(sources, written, strict=True)
-        )
-        / number,
-    }, list(zip(sources, written, strict=True))
+        "reconstruction_bleu_of_other_z": _bleu(others, sources) if half else None,
+        "reconstruction_exact_match": sum(source.strip() == text.strip() for source, text in pairs) / len(pairs),
+    }, pairs
 
 
 def _bleu(written: Sequence[str], sources: Sequence[str]) -> float:
