@@ -84,6 +84,8 @@ MISTAKES = [
     ("evaluate model --prior-samples -1", "--prior-samples"),
     ("evaluate model --diversity -1", "--diversity"),
     ("evaluate model --style-transfer -1", "--style-transfer"),
+    ("evaluate model --reconstructions -1", "--reconstructions"),
+    ("evaluate control --reconstructions 1 --limit 4 --iw-samples 1", "Autoregressive has no latents"),
     ("evaluate control --style-transfer 1 --limit 4 --iw-samples 1", "has no latents"),
     ("evaluate model --diversity 5 --limit 4 --iw-samples 1", "ask for fewer"),
     ("generate model --temperature warm", "--temperature"),
@@ -322,6 +324,20 @@ def test_evaluate_adds_what_z_does_to_text(latentlm, working_folder):
         assert format(figures[key], form) in out
     for key in ("style_transfer_recovered", "style_transfer_recovered_by_prior_z", "style_transfer_overlap"):
         assert format(figures[key], ".3f") in out
+
+
+def test_evaluate_shows_texts_over_their_reconstructions(latentlm, working_folder):
+    asked = ("--reconstructions", "7", "--iw-samples", "1", "--limit", "300")
+    status, out, err = latentlm("evaluate", "model", *asked, "--json", "figures.json")
+    assert (status, err) == (0, "")
+    figures = json.loads((working_folder / "figures.json").read_text())
+    assert figures["reconstruction_texts"] == len(figures["reconstruction_pairs"]) == 7
+    for key, form in (("bleu", ".1f"), ("bleu_of_other_z", ".1f"), ("exact_match", ".3f")):
+        assert format(figures[f"reconstruction_{key}"], form) in out
+    assert "no likelihood" in out and "which has seen them" in out
+    for source, _ in figures["reconstruction_pairs"][:5]:
+        assert f"  x: {source}\n  z: " in out
+    assert out.count("\n  x: ") == 5
 
 
 def test_evaluate_can_infer_otherwise(latentlm, working_folder):

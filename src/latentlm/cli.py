@@ -72,6 +72,7 @@ _QUICKSTART_THREADS = 2
 _FILE_WIDTH = 250
 _OF_SEVERAL_PROCESSES = ("train", "evaluate")
 _MOST_SAMPLES = 1_000_000
+_PAIRS_SHOWN = 5
 _LEAST_TEMPERATURE = 1e-12  # far below it logits overflow
 _DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
@@ -261,6 +262,15 @@ def evaluate(
             help="Go on from one text's beginning with another one's z, for so many pairs; measure what z brings.",
         ),
     ] = 0,
+    reconstructions: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=_MOST_SAMPLES,
+            metavar="TEXTS",
+            help="Write so many texts from their own z and compare: BLEU, exact match (no likelihood).",
+        ),
+    ] = 0,
     settings: Settings = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
@@ -272,7 +282,7 @@ def evaluate(
     """
     from latentlm.data.recipe import evaluation_sequences
     from latentlm.evaluation.measure import measure
-    from latentlm.evaluation.report import table
+    from latentlm.evaluation.report import reconstructed, table
     from latentlm.training.progress import counted
     from latentlm.training.run import training_figures
 
@@ -304,6 +314,8 @@ def evaluate(
             prior_samples=prior_samples,
             diversity=diversity,
             style_transfer=style_transfer,
+            reconstructions=reconstructions,
+            tokenizer=tokenizer,
             batch_size=batch_size,
             seed=seed,
             on_progress=on_progress,
@@ -312,6 +324,8 @@ def evaluate(
     caption = f"{data or 'validation data of its recipe'}, seed {seed}"
     console.print(caption, markup=False, highlight=False, soft_wrap=True)
     console.print(table({Path(model).name: figures}))
+    if pairs := figures.get("reconstruction_pairs"):
+        console.print(reconstructed(pairs[:_PAIRS_SHOWN]), markup=False, highlight=False, soft_wrap=True)
     _write_json(json_file, figures)
 
 

@@ -12,6 +12,7 @@ from tests.training.runs import RECIPES, run
 
 from latentlm import load
 from latentlm.evaluation.likelihood import evaluate
+from latentlm.evaluation.measure import measure
 
 # texts of many lengths, so that the processes' parts of a batch differ in their number of tokens
 PLAIN = ("training.train_sampling_strategy=random",)
@@ -162,12 +163,15 @@ def test_the_command_in_two_processes(tmp_path, launcher):
     assert printed.count("resuming from two/checkpoint-3") == 1
     one = run(tmp_path / "longer", *PLAIN, "training.max_steps=5", "training.save_strategy=steps")
     printed = launched(
-        tmp_path, "-m", "latentlm", "evaluate", "two", "--json", "two.json", "--batch-size", "4", launcher=launcher
+        tmp_path,
+        *("-m", "latentlm", "evaluate", "two", "--json", "two.json", "--batch-size", "4", "--reconstructions", "5"),
+        launcher=launcher,
     )
     assert printed.count("seed 0") == 1
     figures = json.loads((tmp_path / "two.json").read_text())
-    model, _ = load(tmp_path / "two")
-    alone = evaluate(model, one.corpus.validation, batch_size=4)
+    model, tokenizer = load(tmp_path / "two")
+    alone = measure(model, one.corpus.validation, tokenizer=tokenizer, batch_size=4, reconstructions=5)
+    alone["reconstruction_pairs"] = [list(pair) for pair in alone["reconstruction_pairs"]]
     for name, value in comparable(alone).items():
         expected = pytest.approx(value, abs=1e-12) if name in SUMS_OF_PROCESSES else value
         assert figures[name] == expected, name

@@ -114,6 +114,7 @@ studies:
     runs:
       LTM: {}
       control: {recipe: autoregressive.yaml, model.beta: 1}
+    scoring: {reconstructions: 3}
 """
 
 
@@ -143,6 +144,8 @@ def test_a_sweep_gives_the_same_figures_whatever_the_number_of_jobs(folder):
     # another way to infer is another figure; without a change the weights are inferred by their own steps
     assert len({row["elbo_nll_per_token"] for row in one}) == 4
     assert "continuation_nll_per_token" in one[1] and "continuation_nll_per_token" not in one[0]
+    # a control has no z to reconstruct a text from
+    assert [row.get("reconstruction_texts") for row in one] == [None, None, 3, None]
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -7,14 +7,19 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from latentlm.errors import InputError, one_sentence
 from latentlm.evaluation.continuation import continuation
 from latentlm.evaluation.likelihood import evaluate
 from latentlm.evaluation.published import published_figures
+from latentlm.evaluation.reconstruction import reconstructions
 from latentlm.evaluation.samples import prior_samples
 from latentlm.evaluation.steering import PROMPT_TOKENS, diversity, style_transfer
 from latentlm.latent_lm import LatentLM
+
+#: texts that stand with their reconstructions among the figures, at most
+PAIRS = 20
 
 
 @strict
@@ -32,6 +37,7 @@ class Scoring:
         prior_samples: so many texts are written from the prior and their variety measured (`samples.prior_samples`).
         diversity: so many prompts are gone on from with several z's each (`steering.diversity`).
         style_transfer: so many texts go on from one text's beginning with another one's z (`steering.style_transfer`).
+        reconstructions: so many texts are written from the mean of their own q (`reconstruction.reconstructions`).
         batch_size: sequences at a time; changes speed and memory, no figure.
     """
 
@@ -42,6 +48,7 @@ class Scoring:
     prior_samples: int = 0
     diversity: int = 0
     style_transfer: int = 0
+    reconstructions: int = 0
     batch_size: int = 32
 
     def validate_values(self) -> None:
@@ -51,7 +58,7 @@ class Scoring:
         for name in ("iw_samples", "reinfer_every", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("prompt_tokens", "prior_samples", "diversity", "style_transfer"):
+        for name in ("prompt_tokens", "prior_samples", "diversity", "style_transfer", "reconstructions"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.reinfer_every is not None and self.prompt_tokens is None:
@@ -72,12 +79,19 @@ def measure(
     model: LatentLM,
     sequences: Dataset,
     *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     **scoring: Any,
 ) -> dict[str, Any]:
-    """The figures of `evaluate`, and beside them what `scoring`, the fields of `Scoring`, asks for."""
+    """The figures of `evaluate`, and beside them what `scoring`, the fields of `Scoring`, asks for.
+
+    Args:
+        tokenizer: of the sequences; reconstructions alone need it. The first of them are the `reconstruction_pairs`.
+    """
     wanted = Scoring.of(**scoring)
+    if wanted.reconstructions and tokenizer is None:
+        raise InputError("reconstructions are compared as text: give measure the tokenizer, too.")
     options: dict[str, Any] = {"batch_size": wanted.batch_size, "seed": seed, "on_progress": on_progress}
     beside: dict[str, Any] = {}
     # these first, since they may have to refuse
@@ -103,6 +117,9 @@ def measure(
         beside |= diversity(model, sequences, prompts=wanted.diversity, **steered)
     if wanted.style_transfer:
         beside |= style_transfer(model, sequences, pairs=wanted.style_transfer, **steered)
+    if wanted.reconstructions and tokenizer is not None:
+        reconstructed, pairs = reconstructions(model, sequences, tokenizer, texts=wanted.reconstructions, **options)
+        beside |= {**reconstructed, "reconstruction_pairs": pairs[:PAIRS]}
     figures = evaluate(model, sequences, iw_samples=wanted.iw_samples, **options) | beside
     for name, value in figures.items():
         if name.endswith("nll_per_token") and not math.isfinite(value):

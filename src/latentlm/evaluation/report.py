@@ -102,10 +102,22 @@ _ROWS: Sequence[tuple[str, Any]] = (
     ("  by prior z", _given("style_transfer_recovered_by_prior_z", ".3f")),
     ("style transfer: token overlap, F1", _given("style_transfer_overlap", ".3f")),
     ("  overlap by prior z", _given("style_transfer_overlap_by_prior_z", ".3f")),
+    ("texts reconstructed from their z (no likelihood): BLEU", _given("reconstruction_bleu", ".1f")),
+    ("  by another text's z", _given("reconstruction_bleu_of_other_z", ".1f")),
+    ("  exact match", _given("reconstruction_exact_match", ".3f")),
+    ("  texts", _given("reconstruction_texts", ",d")),
 )
 
 
 _ALWAYS = {"tokens trained on"}
+
+
+def reconstructed(pairs: Sequence[tuple[str, str]]) -> str:
+    """Texts over their reconstructions (of `reconstructions`), each on one line."""
+    lines = ["texts, and what is written greedily from the mean of q(z | x), which has seen them:"]
+    for source, written in pairs:
+        lines += ["", f"  x: {' '.join(source.split())}", f"  z: {' '.join(written.split())}"]
+    return "\n".join(lines)
 
 
 def curves(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:

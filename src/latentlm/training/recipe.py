@@ -292,9 +292,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
     # without those of every model of transformers, which say nothing here
     own = [kind for kind in family.config_class.__mro__ if issubclass(kind, LatentLMConfig)]
     if data.annotations is not None and not issubclass(family, LangVAE):
-        raise InputError(
-            f"{places[('data', 'annotations')]}: data.annotations is a condition of lang_vae: leave it out."
-        )
+        raise InputError(f"{places[('data', 'annotations')]}: data.annotations is for lang_vae: leave it out.")
     of_tokenizer = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "annotation_labels"}
     config_fields = {name for kind in own for name in get_annotations(kind)} - of_tokenizer
     for key in model:

@@ -271,6 +271,8 @@ def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str], con
             asked = {**study.scoring, **(asked or {})}
             inference = _of_inference(asked)
             scoring = {key: value for key, value in asked.items() if key not in inference}
+            if run.exact:  # it has no z to reconstruct a text from, and is a control beside those that have
+                scoring.pop("reconstructions", None)
             limit = scoring.get("limit")
             if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
                 raise InputError(f"limit must be at least 1, not {limit!r}.")
@@ -393,7 +395,7 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
             labels = getattr(model.config, "annotation_labels", None)
             longest = model.config.max_position_embeddings
             data[limit] = evaluation_sequences(folder, tokenizer, longest, limit=limit, labels=labels)
-        figures = trained | measure(model, data[limit], seed=trial.seed, **options)
+        figures = trained | measure(model, data[limit], tokenizer=tokenizer, seed=trial.seed, **options)
         write_whole(folder / SCORES_FILE, json.dumps({**_scores(folder), trial.key: figures}, indent=1))
 
 
