@@ -16,6 +16,7 @@ from latentlm.families import (
 )
 from latentlm.latent_lm import LatentLM, LatentLMOutput
 from latentlm.loading import load, save
+from latentlm.publishing import push_to_hub
 
 __version__ = "0.1.0"
 
@@ -35,5 +36,6 @@ __all__ = [
     "LatentLMConfig",
     "LatentLMOutput",
     "load",
+    "push_to_hub",
     "save",
 ]

@@ -320,7 +320,8 @@ def evaluate(
             seed=seed,
             on_progress=on_progress,
         )
-    figures |= training_figures(model)
+    # of what they are is part of what they say
+    figures |= training_figures(model) | {"data": data, "seed": seed, "settings": settings or []}
     caption = f"{data or 'validation data of its recipe'}, seed {seed}"
     console.print(caption, markup=False, highlight=False, soft_wrap=True)
     console.print(table({Path(model).name: figures}))
@@ -455,6 +456,26 @@ def encode(
     encoding.save(output)
     shape = " × ".join(map(str, encoding.mean.shape[1:]))
     typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
+
+
+@app.command()
+def push(
+    model: Annotated[Path, typer.Argument(help="Folder of a saved model.", metavar="MODEL")],
+    name: Annotated[str, typer.Argument(help="Its name on the Hugging Face hub.", metavar="OWNER/NAME")],
+    figures: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of evaluate --json; they stand in the model card.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Everyone sees it; without, its owner alone.")] = False,
+) -> None:
+    """Put a model on the Hugging Face hub, with a card that says what it is and what was measured of it.
+
+    The token is HF_TOKEN or that of hf auth login. Folders and paths of this machine are not uploaded.
+
+    Example: latentlm push runs/quickstart/ltm OWNER/NAME --figures figures.json
+    """
+    from latentlm.publishing import push_to_hub
+
+    typer.echo(push_to_hub(model, name, figures, private=not public))
 
 
 def _split_labels(model: Any, labels: list[str] | None) -> list[Any]:

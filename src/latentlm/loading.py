@@ -1,10 +1,11 @@
-"""Models and their tokenizers, from and to a folder."""
+"""Models and their tokenizers, from and to a folder, and the history that a run leaves beside them."""
 
 import json
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from latentlm.families import FAMILIES, HuggingFaceLM
 from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, reason_of, saving, sync_folder, write_checksums
 from latentlm.latent_lm import WEIGHTS, LatentLM
 from latentlm.pretrained import no_progress_bars
+
+HISTORY_FILE = "history.json"
 
 
 def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
@@ -101,6 +104,16 @@ def save(
             sync_folder(folder)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def saved_history(folder: str | Path) -> list[dict[str, Any]]:
+    """The log of the run in a folder, a mapping for each logged step. Empty where none can be read."""
+    try:
+        history = json.loads((Path(folder) / HISTORY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return []
+    whole = isinstance(history, list) and all(isinstance(entry, dict) for entry in history)
+    return history if whole else []
 
 
 def _check_folder(folder: Path) -> None:

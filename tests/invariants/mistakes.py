@@ -302,6 +302,10 @@ TABLE = [
     Row("hub: data of train", "train small.yaml data.source=hub:name:config", "cannot be reached: check the name"),
     Row("hub: tokenizer", "train small.yaml data.tokenizer=owner/name", "hub cannot be reached: check the name"),
     Row("hub: model", "generate owner/name", "owner/name is not on this machine .* cannot be reached: check the name"),
+    Row("hub: push", "push model owner/name", "owner/name is not uploaded, .* cannot be reached: check the network"),
+    Row("hub: push under no name", "push model name", "'name' is no name on the hub: write OWNER/NAME"),
+    Row("hub: push of no model", "push nothing owner/name", "nothing does not exist"),
+    Row("hub: push with a recipe", "push model owner/name --figures small.yaml", "small.yaml is no JSON: give what"),
     Row("hub: no name", "evaluate model --data hub:", "names no data set: write hub:NAME"),
     # ---- tokenizers
     Row(

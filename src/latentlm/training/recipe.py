@@ -56,8 +56,8 @@ EVALUATION_FIGURES = (
     "kl_per_sequence",
     "active_units",
 )
-# the paper's schedule (Kong et al. 2025, appendix A.2); every one can be set in a recipe
-_TRAINING_DEFAULTS: dict[str, Any] = {
+#: the paper's schedule (Kong et al. 2025, appendix A.2); every one can be set in a recipe
+TRAINING_DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 32,
     "learning_rate": 4e-4,
     "lr_scheduler_type": "cosine_with_min_lr",
@@ -123,7 +123,7 @@ class Recipe:
         return self.family.config_class(**{**defaults, **self.model, **from_tokenizer})
 
     def training_arguments(self, output_dir: Path) -> TrainingArguments:
-        given = {**_TRAINING_DEFAULTS, **self.training}
+        given = {**TRAINING_DEFAULTS, **self.training}
         for name in ("adam_beta1", "adam_beta2"):
             given[name] = float(given[name])  # torch wants both of one type, and YAML reads 0 as another
         if "lr_scheduler_type" in self.training and "lr_scheduler_kwargs" not in self.training:

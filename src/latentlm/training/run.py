@@ -20,7 +20,7 @@ from latentlm.errors import InputError
 from latentlm.families import LangVAE
 from latentlm.files import alone_in, damage, write_whole
 from latentlm.latent_lm import WEIGHTS, LatentLM, number_of_parameters, number_of_trained_parameters
-from latentlm.loading import load, save
+from latentlm.loading import HISTORY_FILE, load, save, saved_history
 from latentlm.pretrained import no_progress_bars
 from latentlm.processes import is_main, main_decides
 from latentlm.training import checkpoints
@@ -29,18 +29,24 @@ from latentlm.training.progress import ProgressLine
 from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
 
-HISTORY_FILE, ORDER_FILE = "history.json", "order.json"
+ORDER_FILE = "order.json"
 
 
 def training_figures(folder: str | Path) -> dict[str, Any]:
     """What a run cost, by the history in its folder: seconds and scored tokens. Empty where no history can be read."""
+    history = saved_history(folder)
     try:
-        history = json.loads((Path(folder) / HISTORY_FILE).read_text(encoding="utf-8"))
-        return {
-            "training_seconds": next((entry["train_runtime"] for entry in history if "train_runtime" in entry), None),
-            "training_tokens": int(max((entry["tokens"] for entry in history if "tokens" in entry), default=0)),
-        }
-    except (OSError, ValueError, TypeError):
+        return (
+            {
+                "training_seconds": next(
+                    (entry["train_runtime"] for entry in history if "train_runtime" in entry), None
+                ),
+                "training_tokens": int(max((entry["tokens"] for entry in history if "tokens" in entry), default=0)),
+            }
+            if history
+            else {}
+        )
+    except (ValueError, TypeError):
         return {}
 
 
