@@ -36,7 +36,17 @@ from latentlm.errors import InputError
 from latentlm.hosted_lm import HostedLM
 from latentlm.layers import pool
 from latentlm.layers.injection import Slots, slot_shapes
-from latentlm.pretrained import add_lora, encoder_tokens, fingerprint, load_decoder, load_encoder, pooling_of
+from latentlm.pretrained import (
+    DeviceMap,
+    add_lora,
+    device_map_of,
+    device_of,
+    encoder_tokens,
+    fingerprint,
+    load_decoder,
+    load_encoder,
+    pooling_of,
+)
 from latentlm.variational import VariationalConfig, VariationalLM
 
 
@@ -50,6 +60,7 @@ class LangVAEConfig(VariationalConfig):
         decoder_fingerprint, encoder_fingerprint: of their weights, filled in when they are first loaded; another
             model of that name is then refused.
         encoder_name: folder or hub name of a text encoder with its own tokenizer. Inference by gradient has none.
+        frozen_precision: in which both models' weights are kept; None as they were saved. What is ours is float32.
         max_position_embeddings: the longest text, T, in tokens of the decoder after BOS.
         latent_size: numbers of z.
         injection: "prefix": `latent_slots` keys and values of z before the text, in every layer, for every token.
@@ -72,6 +83,7 @@ class LangVAEConfig(VariationalConfig):
     encoder_name: str | None = None
     encoder_revision: str | None = None
     encoder_fingerprint: str | None = None
+    frozen_precision: Literal["float32", "bfloat16", "float16", "4bit"] | None = None
     max_position_embeddings: int = 64
     latent_size: int = 128
     injection: Literal["prefix", "interleaved"] = "prefix"
@@ -151,9 +163,10 @@ class LangVAE(HostedLM, VariationalLM):
     #: beginnings of the names of weights that are not ours
     frozen = ("language_model.", "text_encoder.")
 
-    def __init__(self, config: LangVAEConfig):
+    def __init__(self, config: LangVAEConfig, device_map: DeviceMap | None = None):
         super().__init__(config)
-        language_model = load_decoder(config.decoder_name, config.decoder_revision)
+        how, (decoder_map, encoder_map) = config.frozen_precision, self._device_maps(device_map)
+        language_model = load_decoder(config.decoder_name, config.decoder_revision, how, decoder_map)
         longest = getattr(language_model.config, "max_position_embeddings", None) or config.max_position_embeddings
         if longest < config.max_position_embeddings:
             raise InputError(f"max_position_embeddings exceeds the context of {config.decoder_name}, {longest}.")
@@ -161,12 +174,13 @@ class LangVAE(HostedLM, VariationalLM):
         text_encoder, size = None, 0
         if config.has_encoder:
             assert config.encoder_name is not None
-            text_encoder = load_encoder(config.encoder_name, config.encoder_revision)
+            text_encoder = load_encoder(config.encoder_name, config.encoder_revision, how, encoder_map)
             self._how = pooling_of(config.encoder_name, config.encoder_revision, text_encoder)
             size = text_encoder.config.hidden_size
         self.add_inference(functools.partial(Bottleneck, size), (config.latent_size,))
         self.post_init()
-        # after our own weights are made, which would make theirs anew
+        self.to(device_of(language_model))
+        # after our own weights are made, which would make theirs anew, and are moved
         self.language_model, self.text_encoder = language_model, text_encoder
         if config.lora_rank:
             add_lora(language_model, config.lora_rank)
@@ -175,6 +189,14 @@ class LangVAE(HostedLM, VariationalLM):
             self._know_again("encoder")
         self._kept: Embeddings | None = None
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+
+    @staticmethod
+    def _device_maps(device_map: DeviceMap | None) -> tuple[DeviceMap | None, DeviceMap | None]:
+        parts = ("language_model", "text_encoder")
+        for name in device_map if isinstance(device_map, Mapping) else ():
+            if name and name.split(".")[0] not in parts:
+                raise InputError(f"device_map names {name}: it is for what is in {' and '.join(parts)}.")
+        return device_map_of(parts[0], device_map), device_map_of(parts[1], device_map)
 
     def _know_again(self, part: str) -> None:
         if self.device.type == "meta":
@@ -242,7 +264,7 @@ class LangVAE(HostedLM, VariationalLM):
         """
         assert self.text_encoder is not None
         tokenizers = [tokenizer_fingerprint(self._tokenizer(part)) for part in ("encoder", "decoder")]
-        what = [self.config.encoder_fingerprint, *tokenizers, *self._pooled_how()]
+        what = [self.config.encoder_fingerprint, self.config.frozen_precision, *tokenizers, *self._pooled_how()]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         self._kept = Embeddings(folder, digest, self.text_encoder.config.hidden_size)
         if sequences is None:
@@ -275,11 +297,11 @@ class LangVAE(HostedLM, VariationalLM):
         assert self.text_encoder is not None
         texts = self.texts_of(input_ids, attention_mask)
         longest = getattr(self.text_encoder.config, "max_position_embeddings", None)
-        batch = encoder_tokens(self._tokenizer("encoder"), texts, longest).to(self.device)
+        batch = encoder_tokens(self._tokenizer("encoder"), texts, longest).to(device_of(self.text_encoder))
         states = self.text_encoder(**batch).last_hidden_state
         how, unit = self._pooled_how()
-        pooled = pool(states, batch["attention_mask"], how)
-        return nn.functional.normalize(pooled.float(), dim=-1) if unit else pooled.float()
+        pooled = pool(states.float(), batch["attention_mask"], how).to(self.device)
+        return nn.functional.normalize(pooled, dim=-1) if unit else pooled
 
     def texts_of(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[str]:
         """The text of each row's scored tokens, without the ends that a tokenizer adds."""
@@ -318,15 +340,26 @@ class LangVAE(HostedLM, VariationalLM):
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=ours, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *args: Any, config: LangVAEConfig | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *args: Any,
+        config: LangVAEConfig | None = None,
+        device_map: DeviceMap | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Our own weights from a folder or a hub name, and the frozen models by the names in its config.
+
+        Args:
+            device_map: of the frozen models, as transformers has it: "auto", or names such as "text_encoder" and
+                "language_model.lm_head" to devices; "" for both. What is ours goes where the decoder begins.
 
         Raises:
             InputError: a frozen model that is not found, or is another than in training.
         """
         of_hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
         config = config or LangVAEConfig.from_pretrained(path, **of_hub)
-        model = cls(config)
+        model = cls(config, device_map)
         weights = load_file(str(cached_file(path, "model.safetensors", **of_hub)))
         own = model._ours(model.state_dict())
         wrong = [
