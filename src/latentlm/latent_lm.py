@@ -452,4 +452,6 @@ def _gradient_alone(value: Tensor) -> Tensor:
 
 def number_of_parameters(model: torch.nn.Module) -> int:
     """Parameters, each counted once however many names share it."""
-    return sum(math.prod(parameter.shape) for parameter in model.parameters())
+    # of 4 bits, which share their bytes, the shape is kept beside them
+    shapes = (getattr(getattr(one, "quant_state", None), "shape", one.shape) for one in model.parameters())
+    return sum(math.prod(shape) for shape in shapes)

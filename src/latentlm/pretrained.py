@@ -150,7 +150,7 @@ def device_map_of(part: str, device_map: DeviceMap | None) -> DeviceMap | None:
     if not isinstance(device_map, Mapping):
         return device_map
     own = {name[len(part) + 1 :]: device for name, device in device_map.items() if f"{name}.".startswith(f"{part}.")}
-    return {**{name: device for name, device in device_map.items() if not name}, **own} or None
+    return own or ({"": device_map[""]} if "" in device_map else None)
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

@@ -71,7 +71,7 @@ def test_a_half_encoder(encoder):
     whole, half = lang_vae(encoder=encoder), lang_vae(encoder=encoder, frozen_precision="bfloat16")
     found, expected = (model.embed(texts(3, 8)) for model in (half, whole))
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0)
     assert not torch.equal(found, expected)
 
 
@@ -143,10 +143,9 @@ def test_four_bits(architecture, rank, tmp_path):
 # ---- where the frozen models lie -------------------------------------------------------------------------------------
 
 DISK = {
-    "": "cpu",
-    "language_model.model.layers.1": "disk",
-    "language_model.model.layers.2": "disk",
-    "text_encoder.encoder": "disk",
+    **{f"language_model.{name}": "cpu" for name in ("model.embed_tokens", "model.layers.0", "model.norm", "lm_head")},
+    **{f"language_model.{name}": "disk" for name in ("model.layers.1", "model.layers.2")},
+    **{f"text_encoder.{name}": "disk" for name in ("embeddings", "encoder", "pooler")},
 }
 
 

@@ -352,7 +352,7 @@ class LangVAE(HostedLM, VariationalLM):
 
         Args:
             device_map: of the frozen models, as transformers has it: "auto", or names such as "text_encoder" and
-                "language_model.lm_head" to devices; "" for both. What is ours goes where the decoder begins.
+                "language_model.lm_head" to devices, "" for a model that is not named. What is ours goes where the decoder begins.
 
         Raises:
             InputError: a frozen model that is not found, or is another than in training.
