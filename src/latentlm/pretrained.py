@@ -145,12 +145,23 @@ def _in_four_bits() -> dict[str, Any]:
     return {"quantization_config": config, "dtype": torch.bfloat16}  # of embeddings and norms, which stay whole
 
 
-def device_map_of(part: str, device_map: DeviceMap | None) -> DeviceMap | None:
-    """What a device map over a model says of one of its parts: "language_model.lm_head" is that one's "lm_head"."""
+def device_maps(device_map: DeviceMap | None, *parts: str) -> list[DeviceMap | None]:
+    """What a device map over a model says of each of its parts: "language_model.lm_head" is that one's "lm_head".
+
+    Raises:
+        InputError: it names what is in none of them.
+    """
     if not isinstance(device_map, Mapping):
-        return device_map
-    own = {name[len(part) + 1 :]: device for name, device in device_map.items() if f"{name}.".startswith(f"{part}.")}
-    return own or ({"": device_map[""]} if "" in device_map else None)
+        return [device_map] * len(parts)
+    of_all = {"": device_map[""]} if "" in device_map else None
+    found: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for name, device in device_map.items():
+        part, _, inner = name.partition(".")
+        if part in found:
+            found[part][inner] = device
+        elif name:
+            raise InputError(f"device_map names {name}: it is for what is in {' and '.join(parts)}.")
+    return [found[part] or of_all for part in parts]
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

@@ -39,7 +39,7 @@ from latentlm.layers.injection import Slots, slot_shapes
 from latentlm.pretrained import (
     DeviceMap,
     add_lora,
-    device_map_of,
+    device_maps,
     device_of,
     encoder_tokens,
     fingerprint,
@@ -165,8 +165,8 @@ class LangVAE(HostedLM, VariationalLM):
 
     def __init__(self, config: LangVAEConfig, device_map: DeviceMap | None = None):
         super().__init__(config)
-        how, (decoder_map, encoder_map) = config.frozen_precision, self._device_maps(device_map)
-        language_model = load_decoder(config.decoder_name, config.decoder_revision, how, decoder_map)
+        how, maps = config.frozen_precision, device_maps(device_map, "language_model", "text_encoder")
+        language_model = load_decoder(config.decoder_name, config.decoder_revision, how, maps[0])
         longest = getattr(language_model.config, "max_position_embeddings", None) or config.max_position_embeddings
         if longest < config.max_position_embeddings:
             raise InputError(f"max_position_embeddings exceeds the context of {config.decoder_name}, {longest}.")
@@ -174,7 +174,7 @@ class LangVAE(HostedLM, VariationalLM):
         text_encoder, size = None, 0
         if config.has_encoder:
             assert config.encoder_name is not None
-            text_encoder = load_encoder(config.encoder_name, config.encoder_revision, how, encoder_map)
+            text_encoder = load_encoder(config.encoder_name, config.encoder_revision, how, maps[1])
             self._how = pooling_of(config.encoder_name, config.encoder_revision, text_encoder)
             size = text_encoder.config.hidden_size
         self.add_inference(functools.partial(Bottleneck, size), (config.latent_size,))
@@ -189,14 +189,6 @@ class LangVAE(HostedLM, VariationalLM):
             self._know_again("encoder")
         self._kept: Embeddings | None = None
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
-
-    @staticmethod
-    def _device_maps(device_map: DeviceMap | None) -> tuple[DeviceMap | None, DeviceMap | None]:
-        parts = ("language_model", "text_encoder")
-        for name in device_map if isinstance(device_map, Mapping) else ():
-            if name and name.split(".")[0] not in parts:
-                raise InputError(f"device_map names {name}: it is for what is in {' and '.join(parts)}.")
-        return device_map_of(parts[0], device_map), device_map_of(parts[1], device_map)
 
     def _know_again(self, part: str) -> None:
         if self.device.type == "meta":
@@ -352,7 +344,8 @@ class LangVAE(HostedLM, VariationalLM):
 
         Args:
             device_map: of the frozen models, as transformers has it: "auto", or names such as "text_encoder" and
-                "language_model.lm_head" to devices, "" for a model that is not named. What is ours goes where the decoder begins.
+                "language_model.lm_head" to devices, "" for a model that is not named. What is ours goes where the
+                decoder begins.
 
         Raises:
             InputError: a frozen model that is not found, or is another than in training.
