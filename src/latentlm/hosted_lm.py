@@ -1,15 +1,18 @@
 """Families whose decoder is a causal language model of transformers, taken whole."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
+from latentlm.pretrained import recompute_layers
 
 
 class HostedLM(GeneratesFromLatents):
@@ -21,6 +24,17 @@ class HostedLM(GeneratesFromLatents):
     language_model: PreTrainedModel
     _supports_sdpa = True
     _supports_flex_attn = True
+    supports_gradient_checkpointing = True
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        # what activation_checkpointing_enable and _disable of transformers come down to
+        recompute_layers(self.language_model, gradient_checkpointing_func if enable else None, every_n_layers)
+        self.gradient_checkpointing = enable
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: transformers asks for it so that the reentrant kind of checkpoints passes gradients on."""
 
     def given_latents(
         self, latents: Float[Tensor, "batch *event"], position_ids: Tensor, condition: Tensor | None

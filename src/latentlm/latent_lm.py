@@ -8,7 +8,7 @@ A sequence is `input_ids` = BOS x_1 … x_T. BOS is given and never scored; ever
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -458,9 +458,14 @@ def _gradient_alone(value: Tensor) -> Tensor:
 
 def number_of_parameters(model: torch.nn.Module) -> int:
     """Parameters, each counted once however many names share it."""
-    return sum(math.prod(parameter.shape) for parameter in model.parameters())
+    return _numbers(model.parameters())
 
 
 def number_of_trained_parameters(model: torch.nn.Module) -> int:
     """Those that training moves: not the frozen ones of a pretrained part."""
-    return sum(math.prod(parameter.shape) for parameter in model.parameters() if parameter.requires_grad)
+    return _numbers(parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _numbers(parameters: Iterable[Tensor]) -> int:
+    # of 4 bits, which share their bytes, the shape is kept beside them
+    return sum(math.prod(getattr(getattr(one, "quant_state", None), "shape", one.shape)) for one in parameters)

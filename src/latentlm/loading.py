@@ -15,16 +15,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from latentlm.config import LatentLMConfig
 from latentlm.data import load_tokenizer
 from latentlm.errors import InputError, one_sentence
-from latentlm.families import FAMILIES, HuggingFaceLM
+from latentlm.families import FAMILIES, HuggingFaceLM, LangVAEConfig
 from latentlm.files import CHECKSUMS_FILE, damage, publish_folder, reason_of, saving, sync_folder, write_checksums
 from latentlm.latent_lm import WEIGHTS, LatentLM
-from latentlm.pretrained import no_progress_bars
+from latentlm.pretrained import DeviceMap, no_progress_bars
 
 HISTORY_FILE = "history.json"
 
 
-def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
+def load(path: str | Path, *, device_map: DeviceMap | None = None) -> tuple[LatentLM, PreTrainedTokenizerBase]:
     """The model, in evaluation mode, and the tokenizer that were saved together in a folder (or under a hub name).
+
+    Args:
+        device_map: of a LangVAE's frozen models; see its `from_pretrained`.
 
     Raises:
         InputError: the folder is missing, is no model of a family of this library, lacks weights, its weights or
@@ -38,10 +41,17 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
         _check_folder(folder)
     try:
         with no_progress_bars():
-            if isinstance(AutoConfig.from_pretrained(path), LatentLMConfig):
+            config = AutoConfig.from_pretrained(path)
+            if device_map is not None and not isinstance(config, LangVAEConfig):
+                raise InputError("only a lang_vae takes a device_map: leave it out.")
+            if isinstance(config, LatentLMConfig):
                 # weights as torch pickles them are never read
                 model, info = AutoModel.from_pretrained(
-                    path, output_loading_info=True, use_safetensors=True, ignore_mismatched_sizes=True
+                    path,
+                    output_loading_info=True,
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    **({} if device_map is None else {"device_map": device_map}),
                 )
             else:
                 model, info = HuggingFaceLM.of(path), {}
@@ -59,7 +69,7 @@ def load(path: str | Path) -> tuple[LatentLM, PreTrainedTokenizerBase]:
             f"{path}: its weights do not fit its config.json (for one, {min(wrong)}): save the model again."
         )
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):  # meta: offloaded
             raise InputError(f"{path}: its weights {name} are not finite numbers: take an earlier checkpoint.")
     tokenizer = load_tokenizer(path)
     if len(tokenizer) > model.config.vocab_size:

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForTextEncoding,
     BatchEncoding,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
+from transformers.utils import cached_file, is_bitsandbytes_available
 from transformers.utils import logging as transformers_logging
 
 from latentlm.data.hub import hub_or_cache
@@ -31,6 +35,9 @@ from latentlm.errors import InputError, one_sentence
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _CHUNK, _CHUNKS = 65536, 32
+#: of a frozen model's weights; "4bit" is bitsandbytes' nf4 (Dettmers et al. 2023, arXiv 2305.14314)
+Precision = Literal["float32", "bfloat16", "float16", "4bit"]
+DeviceMap = str | Mapping[str, Any]
 
 
 @contextmanager
@@ -45,11 +52,21 @@ def no_progress_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def load_decoder(name: str, revision: str | None = None, dtype: str | None = None) -> PreTrainedModel:
+def load_decoder(
+    name: str,
+    revision: str | None = None,
+    precision: Precision | None = None,
+    device_map: DeviceMap | None = None,
+) -> PreTrainedModel:
     """A causal language model, frozen and in evaluation mode.
 
+    Args:
+        precision: of its weights; None for that in which they were saved.
+        device_map: as `from_pretrained` of transformers takes it.
+
     Raises:
-        InputError: nothing of that name, an encoder or an encoder-decoder, or a model that does not load.
+        InputError: nothing of that name, an encoder or an encoder-decoder, or a model that does not load; 4 bits
+            without bitsandbytes.
     """
     config = _config(name, revision)
     if getattr(config, "is_encoder_decoder", False):
@@ -57,18 +74,22 @@ def load_decoder(name: str, revision: str | None = None, dtype: str | None = Non
     encodes = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
     if encodes or type(config) not in AutoModelForCausalLM._model_mapping:
         raise InputError(f"{name} is no causal language model ({config.model_type}): give one as the decoder.")
-    return _frozen(AutoModelForCausalLM, name, revision, dtype)
+    return _frozen(AutoModelForCausalLM, name, revision, precision, device_map)
 
 
-def load_encoder(name: str, revision: str | None = None, dtype: str | None = None) -> PreTrainedModel:
+def load_encoder(
+    name: str,
+    revision: str | None = None,
+    precision: Precision | None = None,
+    device_map: DeviceMap | None = None,
+) -> PreTrainedModel:
     """A model that turns tokens into states, frozen and in evaluation mode; of an encoder-decoder its encoder.
 
-    Raises:
-        InputError: nothing of that name, or a model that does not load.
+    Arguments and errors are those of `load_decoder`.
     """
     config = _config(name, revision)
     kind = AutoModelForTextEncoding if getattr(config, "is_encoder_decoder", False) else AutoModel
-    return _frozen(kind, name, revision, dtype)
+    return _frozen(kind, name, revision, precision, device_map)
 
 
 def _config(name: str, revision: str | None) -> Any:
@@ -83,33 +104,126 @@ def _config(name: str, revision: str | None) -> Any:
         raise InputError(f"{name} cannot be read as a model ({one_sentence(error)}): give another.") from error
 
 
-def _frozen(kind: Any, name: str, revision: str | None, dtype: str | None) -> PreTrainedModel:
+def _frozen(
+    kind: Any, name: str, revision: str | None, precision: Precision | None, device_map: DeviceMap | None
+) -> PreTrainedModel:
+    how: dict[str, Any] = _in_four_bits() if precision == "4bit" else {"dtype": precision or "auto"}
     if torch.get_default_device().type == "meta":  # somebody counts what a model would need
         return kind.from_config(_config(name, revision)).eval().requires_grad_(False)
     try:
         with hub_or_cache(name), no_progress_bars():
             model, info = kind.from_pretrained(
-                name, revision=revision, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+                name,
+                revision=revision,
+                device_map=dict(device_map) if isinstance(device_map, Mapping) else device_map,
+                use_safetensors=True,
+                output_loading_info=True,
+                **how,
             )
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{name} cannot be loaded ({one_sentence(error)}): give another.") from error
+        advice = "take another frozen_precision" if precision == "4bit" else "give another"
+        raise InputError(f"{name} cannot be loaded ({one_sentence(error)}): {advice}.") from error
     # a head that was never trained, such as BERT's pooler, is not read
     missing = sorted(key for key in info["missing_keys"] if "pooler" not in key)
     if missing:
         raise InputError(f"{name} lacks weights of a {type(model).__name__} (for one, {missing[0]}): give another.")
+    for module in model.modules():
+        # without gradient, bitsandbytes lays weights out anew for such a CPU, and no gradient passes them from then on
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            module.support_avx512bf16_for_cpu = False
     return model.eval().requires_grad_(False)
 
 
+def _in_four_bits() -> dict[str, Any]:
+    if not is_bitsandbytes_available():
+        raise InputError("frozen_precision 4bit needs another package: pip install bitsandbytes.")
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+    return {"quantization_config": config, "dtype": torch.bfloat16}  # of embeddings and norms, which stay whole
+
+
+def device_maps(device_map: DeviceMap | None, *parts: str) -> list[DeviceMap | None]:
+    """What a device map over a model says of each of its parts: "language_model.lm_head" is that one's "lm_head".
+
+    Raises:
+        InputError: it names what is in none of them.
+    """
+    if not isinstance(device_map, Mapping):
+        return [device_map] * len(parts)
+    of_all = {"": device_map[""]} if "" in device_map else None
+    found: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    for name, device in device_map.items():
+        part, _, inner = name.partition(".")
+        if part in found:
+            found[part][inner] = device
+        elif name:
+            raise InputError(f"device_map names {name}: it is for what is in {' and '.join(parts)}.")
+    return [found[part] or of_all for part in parts]
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model computes: its weights may wait elsewhere, which transformers calls the device meta."""
+    if model.device.type != "meta" or not hasattr(model, "hf_device_map"):
+        return model.device
+    devices = [device for device in model.hf_device_map.values() if device not in ("cpu", "disk")]
+    return torch.device(devices[0] if devices else "cpu")
+
+
+def recompute_layers(model: PreTrainedModel, checkpoint: Callable[..., Any] | None, every: int = 1) -> None:
+    """Lets backward compute layers anew instead of keeping what they computed (Chen et al. 2016, arXiv 1604.06174).
+
+    transformers does so in training mode alone, in which a frozen model would drop out; and it drops the cache.
+
+    Args:
+        checkpoint: `torch.utils.checkpoint.checkpoint` or one like it; None keeps everything again.
+        every: of so many layers one is computed anew.
+
+    Raises:
+        InputError: a model without layers that say that they may be computed anew.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise InputError(f"a {type(model).__name__} has no layers to compute anew: do without gradient_checkpointing.")
+    for place, layer in enumerate(layers):
+        forward: Any = layer.forward
+        if isinstance(forward, partial) and forward.func is _forward_or_anew:
+            forward = forward.args[1]
+        if checkpoint is not None and place % every == 0:
+            forward = partial(_forward_or_anew, checkpoint, forward)
+        layer.forward = forward
+
+
+def _forward_or_anew(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    # a cache would be written to a second time
+    if not torch.is_grad_enabled() or any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
+        return forward(*args, **kwargs)
+    # gradients of what stands in `kwargs`, among it z's keys and values, would be lost by the reentrant kind
+    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+
+
 def add_lora(model: PreTrainedModel, rank: int) -> None:
-    """Puts trainable adapters that change nothing yet into every linear map of a frozen model but its last."""
+    """Puts trainable adapters that change nothing yet into every linear map of a frozen model but its last.
+
+    Raises:
+        InputError: some of its weights are offloaded.
+    """
     from peft import LoraConfig, inject_adapter_in_model
 
+    if hasattr(model, "hf_device_map") and any(parameter.is_meta for parameter in model.parameters()):
+        raise InputError("adapters do not go with weights that are offloaded: give another device_map.")
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", fan_in_fan_out=transposed), model
     )
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # peft gives them the precision of the weights that they stand beside
+            parameter.data = parameter.data.float()
 
 
 def fingerprint(name: str, revision: str | None = None) -> str:

@@ -90,9 +90,35 @@ def test_kept_embeddings_change_nothing(texts_file, tmp_path):
     assert len(list((tmp_path / "kept").glob("*/part-*"))) == 1
 
 
+@pytest.mark.parametrize("key", ["gradient_checkpointing", "activation_checkpointing"])
+def test_layers_computed_anew_change_nothing(texts_file, tmp_path, key):
+    plain = train(recipe(texts_file), tmp_path / "plain")[2]
+    model, _, history = train(recipe(texts_file, f"training.{key}=true"), tmp_path / "anew")
+    assert model.is_activation_checkpointing
+    assert losses(history) == pytest.approx(losses(plain), rel=1e-6)
+
+
+def test_trained_in_half_precision(texts_file, tmp_path):
+    plain = train(recipe(texts_file), tmp_path / "plain")[2]
+    model, _, history = train(recipe(texts_file, "model.frozen_precision=bfloat16"), tmp_path / "half")
+    assert losses(history) == pytest.approx(losses(plain), rel=0.02)
+    loaded, tokenizer = load(tmp_path / "half")
+    assert loaded.language_model.dtype == loaded.text_encoder.dtype == torch.bfloat16
+    sequences = evaluation_sequences(tmp_path / "half", tokenizer, 8)
+    before, after = (evaluate(one, sequences, iw_samples=2) for one in (model, loaded))
+    assert before["iw_nll_per_token"] == pytest.approx(after["iw_nll_per_token"], rel=1e-6)
+
+
+def test_four_bits_are_refused_where_they_cannot_be_had(texts_file, monkeypatch):
+    monkeypatch.setattr("latentlm.pretrained.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(InputError, match=r"^lang.yaml, line 2: .*pip install bitsandbytes\.$"):
+        recipe(texts_file, "model.frozen_precision=4bit")
+
+
 @pytest.mark.parametrize(
     "override, message",
     [
+        ("model.frozen_precision=8bit", "frozen_precision"),
         ("data.tokenizer=words", "data.tokenizer must be that of model.decoder_name"),
         ("model.decoder_name=nowhere/at-all/x", "nowhere/at-all/x"),
         ("model.encoder_name=nowhere/at-all/x", "nowhere/at-all/x"),

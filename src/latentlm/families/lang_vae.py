@@ -39,7 +39,17 @@ from latentlm.errors import InputError
 from latentlm.hosted_lm import HostedLM
 from latentlm.layers import AttentionPooling, pool
 from latentlm.layers.injection import Slots, slot_shapes
-from latentlm.pretrained import Retokeniser, add_lora, fingerprint, load_decoder, load_encoder, pooling_of
+from latentlm.pretrained import (
+    DeviceMap,
+    Retokeniser,
+    add_lora,
+    device_maps,
+    device_of,
+    fingerprint,
+    load_decoder,
+    load_encoder,
+    pooling_of,
+)
 from latentlm.variational import VariationalConfig, VariationalLM
 
 
@@ -53,6 +63,7 @@ class LangVAEConfig(VariationalConfig):
         decoder_fingerprint, encoder_fingerprint: of their weights, filled in when they are first loaded; another
             model of that name is then refused.
         encoder_name: folder or hub name of a text encoder with its own tokenizer. Inference by gradient has none.
+        frozen_precision: in which both models' weights are kept; None as they were saved. What is ours is float32.
         max_position_embeddings: the longest text, T, in tokens of the decoder after BOS.
         latent_size: numbers of z.
         injection: "prefix": `latent_slots` keys and values of z before the text, in every layer, for every token.
@@ -78,6 +89,7 @@ class LangVAEConfig(VariationalConfig):
     encoder_name: str | None = None
     encoder_revision: str | None = None
     encoder_fingerprint: str | None = None
+    frozen_precision: Literal["float32", "bfloat16", "float16", "4bit"] | None = None
     max_position_embeddings: int = 64
     latent_size: int = 128
     injection: Literal["prefix", "interleaved"] = "prefix"
@@ -191,9 +203,10 @@ class LangVAE(HostedLM, VariationalLM):
     annotations: Annotations | None
     encoder_weights = (*VariationalLM.encoder_alone, "annotations.")
 
-    def __init__(self, config: LangVAEConfig):
+    def __init__(self, config: LangVAEConfig, device_map: DeviceMap | None = None):
         super().__init__(config)
-        language_model = load_decoder(config.decoder_name, config.decoder_revision)
+        how, maps = config.frozen_precision, device_maps(device_map, "language_model", "text_encoder")
+        language_model = load_decoder(config.decoder_name, config.decoder_revision, how, maps[0])
         longest = getattr(language_model.config, "max_position_embeddings", None) or config.max_position_embeddings
         if longest < config.max_position_embeddings:
             raise InputError(f"max_position_embeddings exceeds the context of {config.decoder_name}, {longest}.")
@@ -202,15 +215,16 @@ class LangVAE(HostedLM, VariationalLM):
         text_encoder, of_encoder = None, None
         if config.has_encoder:
             assert config.encoder_name is not None
-            text_encoder = load_encoder(config.encoder_name, config.encoder_revision)
+            text_encoder = load_encoder(config.encoder_name, config.encoder_revision, how, maps[1])
             self._how = pooling_of(config.encoder_name, config.encoder_revision, text_encoder)
             of_encoder = text_encoder.config
         self.add_inference(functools.partial(Bottleneck, of_encoder), (config.latent_size,))
         self.post_init()
+        self.to(device_of(language_model))
         if text_encoder is not None:  # here, since in `_init_weights` what a linear map was given stays
             bottleneck: Any = self.encoder
             nn.init.constant_(bottleneck.log_variance.bias, config.inference_start_log_variance)
-        # after our own weights are made, which would make theirs anew
+        # after our own weights are made, which would make theirs anew, and are moved
         self.language_model, self.text_encoder = language_model, text_encoder
         if config.lora_rank:
             add_lora(language_model, config.lora_rank)
@@ -262,7 +276,7 @@ class LangVAE(HostedLM, VariationalLM):
         if bottleneck.pooling is None:
             return bottleneck(self.embed(input_ids, attention_mask, condition), labels)
         states, real = self._states(input_ids, attention_mask, condition)
-        return bottleneck(bottleneck.pooling(states.float(), real)[:, 0], labels)
+        return bottleneck(bottleneck.pooling(states, real)[:, 0], labels)
 
     @torch.no_grad()
     def embed(
@@ -302,7 +316,7 @@ class LangVAE(HostedLM, VariationalLM):
         if self.encoder.pooling is not None:
             raise InputError("pooling by attention trains, so no pooled states can be kept: take another pooling.")
         tokenizers = [tokenizer_fingerprint(one) for one in (self.retokeniser.encoder, self.retokeniser.decoder)]
-        what = [self.config.encoder_fingerprint, *tokenizers, *self._pooled_how()]
+        what = [self.config.encoder_fingerprint, self.config.frozen_precision, *tokenizers, *self._pooled_how()]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         self._kept = Embeddings(folder, digest, self.text_encoder.config.hidden_size)
         if sequences is None:
@@ -335,7 +349,7 @@ class LangVAE(HostedLM, VariationalLM):
     def _embed(self, input_ids: Tensor, attention_mask: Tensor | None, condition: Any = None) -> Tensor:
         states, real = self._states(input_ids, attention_mask, condition)
         how, unit = self._pooled_how()
-        pooled = pool(states, real, how).float()
+        pooled = pool(states, real, how)
         return nn.functional.normalize(pooled, dim=-1) if unit else pooled
 
     @torch.no_grad()
@@ -346,8 +360,10 @@ class LangVAE(HostedLM, VariationalLM):
         assert self.text_encoder is not None
         tokens: Any = condition if isinstance(condition, Mapping) and "encoder_input_ids" in condition else None
         tokens = self.retokeniser(input_ids, attention_mask) if tokens is None else tokens
-        read, real = (tokens[f"encoder_{name}"].to(self.device) for name in ("input_ids", "attention_mask"))
-        return self.text_encoder(input_ids=read, attention_mask=real).last_hidden_state, real
+        device = device_of(self.text_encoder)
+        read, real = (tokens[f"encoder_{name}"].to(device) for name in ("input_ids", "attention_mask"))
+        states = self.text_encoder(input_ids=read, attention_mask=real).last_hidden_state
+        return states.float().to(self.device), real.to(self.device)
 
     @property
     def retokeniser(self) -> Retokeniser:
@@ -425,15 +441,27 @@ class LangVAE(HostedLM, VariationalLM):
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=ours, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *args: Any, config: LangVAEConfig | None = None, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *args: Any,
+        config: LangVAEConfig | None = None,
+        device_map: DeviceMap | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Our own weights from a folder or a hub name, and the frozen models by the names in its config.
+
+        Args:
+            device_map: of the frozen models, as transformers has it: "auto", or names such as "text_encoder" and
+                "language_model.lm_head" to devices, "" for a model that is not named. What is ours goes where the
+                decoder begins.
 
         Raises:
             InputError: a frozen model that is not found, or is another than in training.
         """
         of_hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
         config = config or LangVAEConfig.from_pretrained(path, **of_hub)
-        model = cls(config)
+        model = cls(config, device_map)
         weights = load_file(str(cached_file(path, "model.safetensors", **of_hub)))
         own = model._ours(model.state_dict())
         wrong = [

@@ -56,12 +56,12 @@ def attend(
     if latent_slots is not None:
         layer: Any = module.layer_idx
         keys, values = latent_slots.keys[layer], latent_slots.values[layer]
-        scores = latent_slots.scores.to(query.dtype)
+        scores = latent_slots.scores.to(query)  # layers may be on devices of their own
         if attention_mask is None:  # a single query, of all that the cache holds
             attention_mask = scores.new_zeros(1, 1, query.shape[2], key.shape[2])
         attention_mask = attention_mask[..., : key.shape[2]].expand(len(scores), -1, -1, -1)
         attention_mask = torch.cat((scores, attention_mask), -1)
-        key, value = torch.cat((keys.to(key.dtype), key), 2), torch.cat((values.to(value.dtype), value), 2)
+        key, value = torch.cat((keys.to(key), key), 2), torch.cat((values.to(value), value), 2)
     if softcap is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False
@@ -99,21 +99,25 @@ def slot_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
             so that a latent would reach nothing.
     """
     name = type(model).__name__
-    if model.device.type == "meta":  # which holds no numbers to run: what configs usually say, to count weights by
+    meta = model.device.type == "meta"
+    if meta and not hasattr(
+        model, "hf_device_map"
+    ):  # which holds no numbers to run: what configs usually say, to count weights by
         config = model.config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return [(heads, width, width)] * config.num_hidden_layers
-    one = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    # weights that are offloaded are on meta, too, and accelerate takes what they compute with from anywhere
+    device = torch.device("cpu") if meta else model.device
+    one = torch.zeros((1, 1), dtype=torch.long, device=device)
     try:
         model.set_attn_implementation(INJECTION)
         layers = model(input_ids=one, use_cache=True).past_key_values.layers
         shapes = [(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in layers]
-        like = {"dtype": model.dtype, "device": model.device}
-        asked = _Asked(torch.zeros((1, heads, 1, width), **like) for heads, width, _ in shapes)
+        asked = _Asked(torch.zeros((1, heads, 1, width), device=device) for heads, width, _ in shapes)
         asked.places = set()
-        values = tuple(torch.zeros((1, heads, 1, width), **like) for heads, _, width in shapes)
-        slots = Slots(asked, values, torch.zeros((1, 1, 1, 1), **like))
+        values = tuple(torch.zeros((1, heads, 1, width), device=device) for heads, _, width in shapes)
+        slots = Slots(asked, values, torch.zeros((1, 1, 1, 1), device=device))
         asked.places.clear()
         model(input_ids=one, latent_slots=slots)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
