@@ -443,13 +443,12 @@ def encode(
     if of_texts is not None and len(of_texts) == 1:
         of_texts *= len(text or [])
     if data is not None:
-        annotated = None
-        if getattr(loaded.config, "annotation_labels", None) is not None:
-            annotated = annotated_as(saved_data_recipe(model), annotations)
+        conditional = getattr(loaded.config, "annotation_labels", None) is not None
+        annotated = annotated_as(saved_data_recipe(model), annotations, conditional)
         by = sample_by or "line"
         documents = list(read_documents(data, column=column, sample_by=by, limit=limit, annotated=annotated))
         text = [document.text for document in documents]
-        of_texts = None if annotated is None else [document.annotations or () for document in documents]
+        of_texts = [document.annotations or () for document in documents] if conditional else None
     options: dict[str, Any] = {"annotations": of_texts, "batch_size": batch_size, "seed": seed}
     with counted(_console(), "encoding") as on_progress:
         encoding = run(loaded, tokenizer, text or [], **options, on_progress=on_progress)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from tests.command import assert_one_sentence, run
 from tests.toy import VOCABULARY, Rows, padded, pretrained_part, small_model, texts
 from tests.training.runs import unchecked
@@ -406,11 +407,33 @@ def test_resumed_is_uninterrupted(run_folder, tmp_path):
         ("data.unit=blocks", "annotations are of sentences"),
         ("data.cache=x", "annotations are of sentences"),
         ("model.annotation_labels=[a]", "model.annotation_labels comes from the data"),
-        ("model.annotation_size=0", "annotation_size must be at least 1"),
-        ("model.family=autoregressive", "data.annotations is for lang_vae"),
+        ("model.annotation_size=-1", "annotation_size must not be negative"),
         ("data.annotations_per=token", "annotations_per"),
     ],
 )
 def test_what_a_recipe_says_wrong(run_folder, override, message):
     with pytest.raises(InputError, match=message):
         recipe(run_folder, override)
+
+
+@pytest.mark.parametrize(
+    "override", ["model.annotation_size=0", "model={family: autoregressive, hidden_size: 16, num_attention_heads: 2}"]
+)
+def test_models_without_a_condition_read_the_texts_alone(run_folder, tmp_path, override):
+    said = []
+    checked = recipe(run_folder, *([override] if "=0" in override else []))
+    if "autoregressive" in override:
+        text = yaml.safe_dump(
+            {**checked.document, "model": {"family": "autoregressive", "hidden_size": 16, "num_attention_heads": 2}}
+        )
+        checked = parse_recipe(text, "control.yaml", [f"data.tokenizer={pretrained_part('gpt2')}"])
+    _, corpus, _ = train(checked, tmp_path / "run", on_stage=said.append)
+    assert any("labels of the texts are left out" in stage for stage in said)
+    assert "annotations" not in corpus.train[0]
+    model, tokenizer = load(tmp_path / "run")
+    own = evaluation_sequences(tmp_path / "run", tokenizer, 8)
+    given = evaluation_sequences(tmp_path / "run", tokenizer, 8, str(run_folder / "texts.txt"))
+    for data in (own, given):
+        texts_of = tokenizer.batch_decode([item["input_ids"][1:].tolist() for item in data])
+        assert not any("ARG" in text or "<pad>" in text for text in texts_of)
+        assert not evaluate(model, data, iw_samples=1)["conditional"]

@@ -49,8 +49,8 @@ class DataRecipe:
             by `split_seed`.
         column: text column of a table; see `data.read_documents`.
         sample_by: what of a text file is a document: "line", "paragraph" or "document".
-        annotations: where the labels of each text stand, which the model takes as a condition: a column, or in a `.txt`
-            what stands between a line's text and its labels, such as ' & '; None for none.
+        annotations: where the labels of each text stand: a column, or in a `.txt` what stands between a line's text and
+            its labels, such as ' & '; None for none. A model that takes a condition is given them.
         annotations_per: what has one label: each "word" (what white space separates) or each "text".
         unit: "blocks" packs documents into blocks of `length` tokens; "sentences" makes each document a sequence of at
             most `length` tokens.
@@ -131,11 +131,18 @@ class Corpus:
     labels: list[str] | None = None
 
 
-def load_corpus(data: DataRecipe, seed: int = 0, on_stage: Callable[[str], None] = lambda stage: None) -> Corpus:
+def load_corpus(
+    data: DataRecipe,
+    seed: int = 0,
+    on_stage: Callable[[str], None] = lambda stage: None,
+    *,
+    with_labels: bool = True,
+) -> Corpus:
     """Reads, splits by document, tokenises and cuts into sequences.
 
     Args:
         on_stage: told in words how far a cache is.
+        with_labels: the sequences of annotated texts have their labels.
     """
     if data.streaming:
         return _stream_corpus(data, seed)
@@ -148,7 +155,7 @@ def load_corpus(data: DataRecipe, seed: int = 0, on_stage: Callable[[str], None]
         training, validation = documents, _validation_documents(data)
     tokenizer = _tokenizer(data, (document.text for document in training))
     labels = None
-    if data.annotated is not None:  # a rare one may have come to the validation alone
+    if data.annotated is not None and with_labels:  # a rare one may have come to the validation alone
         labels = sorted({label for document in [*training, *validation] for label in document.annotations or ()})
     return Corpus(
         make_sequences(training, tokenizer, data.unit, data.length, drop_last=True, labels=labels),
@@ -282,15 +289,21 @@ def evaluation_sequences(
             documents = list(data.documents(data.validation, limit))
     else:
         by = sample_by or (data.sample_by if data else "line")
-        annotated = annotated_as(data, annotations) if labels is not None else None
+        annotated = annotated_as(data, annotations, needed=labels is not None)
         documents = list(read_documents(source, column=column, sample_by=by, limit=limit, annotated=annotated))
     unit, length = (data.unit, data.length) if data else ("blocks", longest)
     return make_sequences(documents, tokenizer, unit, length, drop_last=False, labels=labels)
 
 
-def annotated_as(data: DataRecipe | None, annotations: str | None) -> Annotated:
-    """Where the labels of other texts stand: as a model's recipe says, at another place if one is given."""
+def annotated_as(data: DataRecipe | None, annotations: str | None, needed: bool) -> Annotated | None:
+    """Where the labels of other texts stand: as a model's recipe says, at another place if one is given.
+
+    Raises:
+        InputError: nothing says where, and they are needed.
+    """
     place = annotations or (None if data is None else data.annotations)
+    if place is None and not needed:
+        return None
     if place is None:
         raise InputError("this model is conditional: say where the labels of the texts stand (--annotations).")
     return Annotated(place, "word" if data is None else data.annotations_per)

@@ -78,7 +78,7 @@ class LangVAEConfig(VariationalConfig):
             encoder and the mean of any other.
         normalise: the pooled vector is of unit length; None as comes with the encoder.
         annotation_labels: names of the labels that texts are annotated with, from the data; None where they are not.
-        annotation_size: numbers that a text's labels become.
+        annotation_size: numbers that a text's labels become; 0 leaves them out, and the model is not conditional.
     """
 
     model_type = "latentlm_lang_vae"
@@ -104,11 +104,14 @@ class LangVAEConfig(VariationalConfig):
 
     def validate_latents(self) -> None:
         """Part of the validation of `@strict`."""
-        for name in ("latent_size", "latent_slots", "injection_rank", "max_position_embeddings", "annotation_size"):
+        for name in ("latent_size", "latent_slots", "injection_rank", "max_position_embeddings"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must not be negative, not {self.lora_rank}")
+        for name in ("lora_rank", "annotation_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.annotation_labels is not None and not self.annotation_size:
+            raise ValueError("annotation_labels become annotation_size numbers, which must not be 0")
 
     def validate_parts(self) -> None:
         """Part of the validation of `@strict`."""

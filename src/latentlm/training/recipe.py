@@ -124,6 +124,11 @@ class Recipe:
             defaults["length_model"] = "categorical"
         return self.family.config_class(**{**defaults, **self.model, **from_tokenizer})
 
+    @property
+    def takes_labels(self) -> bool:
+        """Whether the model is given the labels of annotated texts; another one reads the texts without them."""
+        return issubclass(self.family, LangVAE) and self.model.get("annotation_size") != 0
+
     def training_arguments(self, output_dir: Path) -> TrainingArguments:
         given = {**TRAINING_DEFAULTS, **self.training}
         for name in ("adam_beta1", "adam_beta2"):
@@ -293,8 +298,6 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         data = dataclasses.replace(data, tokenizer=named)
     # without those of every model of transformers, which say nothing here
     own = [kind for kind in family.config_class.__mro__ if issubclass(kind, LatentLMConfig)]
-    if data.annotations is not None and not issubclass(family, LangVAE):
-        raise InputError(f"{places[('data', 'annotations')]}: data.annotations is for lang_vae: leave it out.")
     of_tokenizer = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "annotation_labels"}
     config_fields = {name for kind in own for name in get_annotations(kind)} - of_tokenizer
     for key in model:

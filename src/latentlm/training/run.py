@@ -217,7 +217,9 @@ def _train(
         return load(output)[0], corpus, json.loads((output / HISTORY_FILE).read_text(encoding="utf-8"))
     if corpus is None:
         on_stage("reading and tokenising the data")
-        corpus = load_corpus(recipe.data, arguments.seed, on_stage)
+        corpus = load_corpus(recipe.data, arguments.seed, on_stage, with_labels=recipe.takes_labels)
+        if recipe.data.annotations is not None and corpus.labels is None:
+            on_stage("the labels of the texts are left out, since this model takes none")
     if start.checkpoint is not None and tokenizer_fingerprint(corpus.tokenizer) != tokenizer_fingerprint(
         load_tokenizer(start.checkpoint)
     ):
