@@ -141,6 +141,7 @@ def local_hub(patch: pytest.MonkeyPatch, cache: str) -> Iterator[Hub]:
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
     patch.setattr(constants, "HF_HUB_CACHE", cache)
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.address)
+    patch.setattr("transformers.utils.hub.hf_api", lambda: huggingface_hub.HfApi(endpoint=hub.address))
     patch.setenv("HF_TOKEN", TOKEN)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

@@ -226,6 +226,24 @@ def add_lora(model: PreTrainedModel, rank: int) -> None:
             parameter.data = parameter.data.float()
 
 
+def load_fitting(model: torch.nn.Module, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Loads of the weights those that are the model's own in name and shape, and says of the others what transformers'
+    `output_loading_info` does.
+    """
+    wrong = [
+        (name, value.shape, own[name].shape)
+        for name, value in weights.items()
+        if name in own and value.shape != own[name].shape
+    ]
+    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
+    model.load_state_dict(fitting, strict=False)
+    return {
+        "missing_keys": own.keys() - weights.keys(),
+        "unexpected_keys": weights.keys() - own.keys(),
+        "mismatched_keys": wrong,
+    }
+
+
 def fingerprint(name: str, revision: str | None = None) -> str:
     """By which a model is known again wherever it lies: its weights' files, their sizes, headers and samples of each.
 

