@@ -5,10 +5,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -20,6 +21,7 @@ except ImportError:  # Windows: nothing keeps two processes from one folder
     fcntl = None  # type: ignore[assignment]
 
 LOCK_FILE = ".lock"
+_SECONDS_BETWEEN_TRIES = 0.5
 #: digests of a folder's files, as `sha256sum -c SHA256SUMS` reads them
 CHECKSUMS_FILE = "SHA256SUMS"
 
@@ -112,28 +114,26 @@ _NO_ROOM = "the disk took only a part of it: free some space, or name another pl
 
 
 @contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Made if need be, and kept from others who ask for the same, until the end of the body or of the process.
 
     A folder that holds nothing in the end is removed.
 
+    Args:
+        on_wait: called once where another process has it, whose end is then waited for; None does not wait.
+
     Raises:
         InputError: another process has it, or nothing can be written there.
     """
-    lock = folder / LOCK_FILE
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    with saving(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "wb")  # noqa: SIM115
-    with file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            same = os.path.samestat(os.fstat(file.fileno()), lock.stat())  # or its owner has just removed it
-        except (BlockingIOError, FileNotFoundError):
-            same = False
-        if not same:
+    while (file := _locked(folder)) is None:
+        if on_wait is None:
             raise InputError(f"another process works in {folder}: wait for its end, or name another folder.")
+        on_wait()
+        on_wait = _nothing
+        time.sleep(_SECONDS_BETWEEN_TRIES)
+    lock = folder / LOCK_FILE
+    with file:
         try:
             yield
         finally:
@@ -141,6 +141,27 @@ def alone_in(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty: as it should be
                 for path in made:
                     path.rmdir()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _locked(folder: Path) -> BinaryIO | None:
+    """The folder's lock, open and ours; None where it is another's."""
+    lock = folder / LOCK_FILE
+    with saving(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "wb")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(file.fileno()), lock.stat()):  # or its owner has just removed it
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    file.close()
+    return None
 
 
 def publish_folder(staged: Path, target: Path) -> None:

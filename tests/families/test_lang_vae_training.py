@@ -138,3 +138,28 @@ def test_what_a_recipe_says_wrong(texts_file, override, message):
 def test_embeddings_are_for_an_encoder(texts_file):
     with pytest.raises(InputError, match=r"encoder\.embeddings is for a lang_vae with an encoder"):
         recipe(texts_file, "encoder.embeddings=kept", "model.inference=gradient")
+
+
+def test_runs_side_by_side_wait_for_what_one_keeps(texts_file, tmp_path):
+    import threading
+
+    from latentlm.files import alone_in
+
+    model, corpus, _ = train(recipe(texts_file), tmp_path / "run")
+    model.keep_embeddings(tmp_path / "kept")
+    held, waiting = threading.Event(), threading.Event()
+
+    def hold():
+        with alone_in(model._kept.folder):
+            held.set()
+            assert waiting.wait(60)
+
+    other = threading.Thread(target=hold)
+    other.start()
+    assert held.wait(60)
+    with pytest.raises(InputError, match="another process works"):
+        model.keep_embeddings(tmp_path / "kept", corpus.train)
+    said = []
+    model.keep_embeddings(tmp_path / "kept", corpus.train, on_wait=lambda: (said.append(1), waiting.set()))
+    other.join()
+    assert said == [1] and len(model._kept) > 0

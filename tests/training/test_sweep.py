@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.toy import stand_ins
 from tests.training.runs import RECIPES
 
 from latentlm import InputError
@@ -253,7 +254,9 @@ def test_damaged_scores_are_named(folder, scored, content):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
-def test_a_sweep_that_comes_with_the_library_loads(path):
+def test_a_sweep_that_comes_with_the_library_loads(path, tmp_path, monkeypatch):
+    stand_ins(tmp_path)
+    monkeypatch.chdir(tmp_path)
     sweep = load_sweep(path)
     assert sweep.studies and len(sweep.runs) > 1
     for trial in sweep.trials:

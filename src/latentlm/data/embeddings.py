@@ -71,12 +71,14 @@ class Embeddings:
         *,
         batch_size: int = 64,
         on_progress: Callable[[int, int], None] | None = None,
+        on_wait: Callable[[], None] | None = None,
     ) -> None:
         """Computes and keeps what is missing of these texts.
 
         Args:
             embed: `input_ids` and `attention_mask` of texts, on the device, to their vectors.
             on_progress: called with (texts done, texts in all).
+            on_wait: called where another process adds to the folder, whose end is then waited for; None does not wait.
         """
         number = len(sequences)  # type: ignore[arg-type]
         lengths = [len(sequences[index]["input_ids"]) for index in range(number)]
@@ -95,9 +97,13 @@ class Embeddings:
                     on_progress(done, number)
 
         with torch.no_grad():
-            self.add(missing())
+            self.add(missing(), on_wait)
 
-    def add(self, batches: Iterator[tuple[Int64[Tensor, " texts"], Float[Tensor, "texts size"]]]) -> None:
+    def add(
+        self,
+        batches: Iterator[tuple[Int64[Tensor, " texts"], Float[Tensor, "texts size"]]],
+        on_wait: Callable[[], None] | None = None,
+    ) -> None:
         """Keeps the vectors of batches of texts; of a text that comes twice, the first.
 
         Raises:
@@ -105,7 +111,7 @@ class Embeddings:
         """
         keys: list[np.ndarray] = []
         rows: list[np.ndarray] = []
-        with saving(self.folder), alone_in(self.folder):
+        with saving(self.folder), alone_in(self.folder, on_wait):
             self._open()  # another process may have added meanwhile
             for some_keys, some_rows in batches:
                 keys.append(some_keys.cpu().numpy())

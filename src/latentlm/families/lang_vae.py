@@ -17,7 +17,7 @@ same attention and cannot be lost to a window; padding is not trained; a text's 
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -306,15 +306,13 @@ class LangVAE(HostedLM, VariationalLM):
         self,
         folder: str | Path,
         sequences: Dataset | None = None,
-        *,
-        batch_size: int = 64,
-        on_progress: Callable[[int, int], None] | None = None,
+        **options: Any,
     ) -> None:
         """From here on takes what the encoder says of a text from a folder, if it is there (`data.embeddings`).
 
         Args:
             sequences: what is missing of these is computed and kept first.
-            on_progress: called with (sequences done, sequences in all).
+            options: of `Embeddings.complete`: batch_size, on_progress, on_wait.
         """
         assert self.text_encoder is not None
         if self.encoder.pooling is not None:
@@ -324,8 +322,7 @@ class LangVAE(HostedLM, VariationalLM):
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
         self._kept = Embeddings(folder, digest, self.text_encoder.config.hidden_size)
         if sequences is not None:
-            pad, options = self.config.pad_token_id or 0, {"batch_size": batch_size, "on_progress": on_progress}
-            self._kept.complete(sequences, pad, self._embed, self.device, **options)
+            self._kept.complete(sequences, self.config.pad_token_id or 0, self._embed, self.device, **options)
 
     def _pooled_how(self) -> tuple[Literal["mean", "first", "last"], bool]:
         how, normalised = self._how

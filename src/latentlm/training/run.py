@@ -293,7 +293,10 @@ def _keep_embeddings(model: LatentLM, folder: str, corpus: Corpus, on_stage: Cal
     def on_progress(done: int, number: int) -> None:
         say(f"what the encoder says is kept in {folder}: {done:,} of {number:,} texts")
 
-    main_decides(lambda: model.keep_embeddings(folder, corpus.train, on_progress=on_progress))
+    def on_wait() -> None:
+        on_stage(f"waiting for another process that keeps what the encoder says in {folder}")
+
+    main_decides(lambda: model.keep_embeddings(folder, corpus.train, on_progress=on_progress, on_wait=on_wait))
     model.keep_embeddings(folder)
 
 

@@ -117,8 +117,9 @@ class Run:
         Args:
             contents: fingerprints of the sources met so far, so that each is read once; completed.
         """
-        changed, unchanged = load_recipe(recipe, overrides), load_recipe(recipe).document
-        document = changed.document
+        changed = load_recipe(recipe, overrides)
+        # as it stands, unchecked: a model that it names may only be found under the name of an override
+        document, (_, unchanged) = changed.document, read_yaml(recipe.read_text(encoding="utf-8"), str(recipe))
         # with the defaults that the recipe leaves to its config, since a later version may have others
         config = changed.model_config(vocab_size=1)
         of_every_model = {f.name for f in fields(PreTrainedConfig)} | {"vocab_size"}
