@@ -107,6 +107,7 @@ def stand_ins(folder: Path) -> None:
     """Random models under the names of the pretrained ones that our recipes name, for who works in this folder."""
     for name, kind in {
         "runs/gpt2-glosses": "gpt2",
+        "runs/gpt2-explanations": "gpt2",
         "sentence-transformers/all-MiniLM-L6-v2": "bert",
         "google-bert/bert-base-cased": "bert",
         "google/flan-t5-base": "t5",

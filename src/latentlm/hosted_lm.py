@@ -68,6 +68,19 @@ class HostedLM(GeneratesFromLatents):
     def new_cache(self) -> Cache:
         return DynamicCache(config=self.language_model.config)
 
+    def cache_shapes(self) -> list[tuple[int, int, int]] | None:
+        """Heads, and widths of keys and of values, of each layer's cache; None where they are not known."""
+        return None
+
+    def _check_cache(self, cache: Cache) -> None:
+        shapes = self.cache_shapes()
+        filled = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+        if shapes is None or not filled:
+            return
+        found = [(layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1]) for layer in filled]
+        if found != shapes:
+            raise InputError("past_key_values are the cache of another model: start with one of new_cache().")
+
     def next_logits(
         self,
         latents: Float[Tensor, "batch *event"],
@@ -78,6 +91,8 @@ class HostedLM(GeneratesFromLatents):
         logits_to_keep: int = 0,
         condition: Tensor | None = None,
     ) -> Float[Tensor, "batch kept vocabulary"]:
+        if past_key_values is not None:
+            self._check_cache(past_key_values)
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = self._positions(input_ids, attention_mask, seen)

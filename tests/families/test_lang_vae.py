@@ -245,6 +245,17 @@ def test_parts_are_found_from_anywhere(tmp_path, monkeypatch):
     assert loaded.config.decoder_name == str(tmp_path / "here" / "decoder")
 
 
+@torch.no_grad()
+def test_a_cache_of_another_model():
+    model, other = lang_vae("gpt2"), lang_vae("llama")
+    cache = other.new_cache()
+    other(texts(2, 3), latents=latents_of(other, 2), past_key_values=cache, use_cache=True)
+    with pytest.raises(InputError, match="cache of another model"):
+        model(texts(2, 1), latents=latents_of(model, 2), past_key_values=cache, use_cache=True)
+    with pytest.raises(InputError, match="cache of another model"):
+        model.generate(texts(2, 5), latents=latents_of(model, 2), past_key_values=cache, max_new_tokens=2)
+
+
 def test_slot_shapes_of_grouped_heads():
     assert slot_shapes(load_decoder(pretrained_part("llama"))) == [(2, 8, 8)] * 3
     assert slot_shapes(load_decoder(pretrained_part("gpt2"))) == [(2, 8, 8)] * 2

@@ -50,9 +50,14 @@ def losses(history):
 
 
 def test_trained_and_loaded(texts_file, tmp_path):
-    model, corpus, history = train(recipe(texts_file), tmp_path / "run")
+    said = []
+    model, corpus, history = train(recipe(texts_file), tmp_path / "run", on_stage=said.append)
     assert isinstance(model, LangVAE) and len(losses(history)) == 6
     assert corpus.train.truncated > 0
+    assert f"{corpus.train.truncated} of {len(corpus.train)} texts are cut at 8 tokens" in said
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    assert f"{trained:,} parameters train, beside {frozen:,} frozen ones (Optimus: 233,000,000)" in said
     assert len(corpus.tokenizer) == VOCABULARY
     loaded, tokenizer = load(tmp_path / "run")
     sequences = evaluation_sequences(tmp_path / "run", tokenizer, 8)

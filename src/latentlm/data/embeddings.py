@@ -20,7 +20,7 @@ from latentlm.distributions import sequence_keys
 from latentlm.errors import InputError
 from latentlm.files import alone_in, publish_folder, saving
 
-_PART = 65536  # texts between two parts
+_PART = 16384  # texts between two parts
 
 
 class Embeddings:

@@ -393,6 +393,9 @@ class LangVAE(HostedLM, VariationalLM):
         given = condition.get("annotations") if isinstance(condition, Mapping) else condition
         return None if given is None else len(given)
 
+    def cache_shapes(self) -> list[tuple[int, int, int]]:
+        return self.injection.shapes
+
     # ---- z to the decoder ----------------------------------------------------------------------------------------
 
     def given_latents(
