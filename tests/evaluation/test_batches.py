@@ -24,7 +24,7 @@ def model():
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 100])
 def test_each_sequence_is_in_one_batch_with_its_own_tokens(model, data, size):
     seen = []
-    for indices, input_ids, mask in in_batches(model, data, size):
+    for indices, input_ids, mask, _ in in_batches(model, data, size):
         assert len(indices) == len(input_ids) <= size
         for index, row, real in zip(indices, input_ids, mask.bool(), strict=True):
             assert torch.equal(row[real], data[index]["input_ids"])
@@ -34,7 +34,7 @@ def test_each_sequence_is_in_one_batch_with_its_own_tokens(model, data, size):
 
 
 def test_neighbours_are_of_similar_length(model, data):
-    found = [[LENGTHS[index] for index in indices] for indices, _, _ in in_batches(model, data, 2)]
+    found = [[LENGTHS[index] for index in indices] for indices, _, _, _ in in_batches(model, data, 2)]
     assert found == [[2, 2], [5, 7], [9]]
 
 
@@ -47,7 +47,7 @@ def test_progress_is_told_after_each_batch(model, data):
 
 def test_a_model_without_a_padding_token_pads_with_anything(data):
     batches = list(in_batches(small_model("autoregressive", pad_token_id=None), data, 5))
-    assert [int(mask.sum()) for _, _, mask in batches] == [sum(LENGTHS)]
+    assert [int(mask.sum()) for _, _, mask, _ in batches] == [sum(LENGTHS)]
 
 
 @pytest.mark.parametrize("size, rows, words", [(0, 5, "batch_size"), (-1, 5, "batch_size"), (2, 0, "empty")])

@@ -88,7 +88,7 @@ MISTAKES = [
     ("  max_steps: 3", "  max_step: 3", "max_step", "max_steps"),
     ("  iw_samples: 2", "  iw_sample: 2", "iw_sample", "iw_samples"),
     # keys that are not the recipe's to set
-    ("  hidden_size: 16", "  vocab_size: 300", "vocab_size", "tokenizer"),
+    ("  hidden_size: 16", "  vocab_size: 300", "vocab_size", "comes from the data"),
     ("  max_steps: 3", "  output_dir: runs", "output_dir", "leave it out"),
     ("  max_steps: 3", "  remove_unused_columns: true", "remove_unused_columns", "leave it out"),
     ("  max_steps: 3", "  resume_from_checkpoint: x", "resume_from_checkpoint", "leave it out"),

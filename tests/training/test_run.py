@@ -51,7 +51,7 @@ def test_the_seed_of_the_recipe_chooses_the_weights():
 def test_what_is_left_says_how_it_was_made(tmp_path):
     stages = []
     trained_now = run(tmp_path / "deep" / "run", "training.seed=3", on_stage=stages.append)
-    assert stages == ["reading and tokenising the data"]
+    assert stages == ["reading and tokenising the data", "178 of 190 texts are cut at 48 tokens"]
     folder = tmp_path / "deep" / "run"
     assert json.loads((folder / "history.json").read_text()) == trained_now.history
     recipe = load_recipe(folder / "recipe.yaml")
@@ -64,7 +64,7 @@ def test_data_that_is_loaded_already_is_used(tmp_path):
     stages = []
     trained_now = run(tmp_path / "run", corpus=corpus, on_stage=stages.append)
     assert trained_now.corpus is corpus
-    assert stages == []
+    assert stages == ["35 of 38 texts are cut at 48 tokens"]
 
 
 def test_a_run_without_a_checkpoint_yet_is_resumed_at_its_beginning(tmp_path):

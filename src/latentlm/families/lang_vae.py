@@ -225,7 +225,11 @@ class LangVAE(HostedLM, VariationalLM):
         self.add_inference(functools.partial(Bottleneck, of_encoder), (config.latent_size,))
         self.post_init()
         self.to(device_of(language_model))
-        if text_encoder is not None:  # here, since in `_init_weights` what a linear map was given stays
+        # here, since in `_init_weights` what a linear map was given stays: keys and values of the size of z's numbers
+        for module in self.injection.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if text_encoder is not None:
             bottleneck: Any = self.encoder
             nn.init.constant_(bottleneck.log_variance.bias, config.inference_start_log_variance)
         # after our own weights are made, which would make theirs anew, and are moved
