@@ -389,7 +389,7 @@ def generate(
         loaded,
         tokenizer,
         prompts,
-        _split_labels(loaded, labels),
+        _split_labels(model, loaded, labels),
         latents=rows,
         **({} if lengths is None else {"lengths": lengths}),
         num_return_sequences=number,
@@ -439,17 +439,19 @@ def encode(
     loaded, tokenizer = _load(model)
     _change_inference(loaded, settings)
     _check_has_latents(model, loaded)
-    of_texts = _split_labels(loaded, labels) or None
-    if of_texts is not None and len(of_texts) == 1:
-        of_texts *= len(text or [])
+    conditional = getattr(loaded.config, "annotation_labels", None) is not None
+    of_texts = None
     if data is not None:
-        conditional = getattr(loaded.config, "annotation_labels", None) is not None
+        if labels:
+            raise InputError("--labels are of --text: those of --data are read with it.")
         annotated = annotated_as(saved_data_recipe(model), annotations, conditional)
         by = sample_by or "line"
         documents = list(read_documents(data, column=column, sample_by=by, limit=limit, annotated=annotated))
         text = [document.text for document in documents]
         of_texts = [document.annotations or () for document in documents] if conditional else None
-    options: dict[str, Any] = {"annotations": of_texts, "batch_size": batch_size, "seed": seed}
+    elif labels:
+        of_texts = _split_labels(model, loaded, labels * len(text or []) if len(labels) == 1 else labels, text)
+    options: dict[str, Any] = {"annotations": of_texts, "cut": data is not None, "batch_size": batch_size, "seed": seed}
     with counted(_console(), "encoding") as on_progress:
         encoding = run(loaded, tokenizer, text or [], **options, on_progress=on_progress)
     encoding.save(output)
@@ -477,10 +479,24 @@ def push(
     typer.echo(push_to_hub(model, name, figures, private=not public))
 
 
-def _split_labels(model: Any, labels: list[str] | None) -> list[Any]:
-    """The labels of each text. One that is known as it stands, blanks and all, is that of a whole text."""
-    known = getattr(model.config, "annotation_labels", None) or ()
-    return [[one] if one in known else one.split() for one in labels or []]
+def _split_labels(
+    name: str, model: Any, labels: list[str] | None, texts: list[str] | None = None
+) -> list[tuple[str, ...]]:
+    """The labels of each text, one for each of its words unless the model is of labels of whole texts."""
+    from latentlm.data import Annotated
+    from latentlm.data.recipe import saved_data_recipe
+
+    if not labels:
+        return []
+    if getattr(model.config, "annotation_labels", None) is None:
+        raise InputError(f"{name} was trained without annotations: leave --labels out.")
+    if texts is not None and len(texts) != len(labels):
+        raise InputError(f"the labels of {len(labels)} texts do not fit {len(texts)}: give those of each, or of one.")
+    data = saved_data_recipe(name)
+    annotated = Annotated("--labels", "word" if data is None else data.annotations_per)
+    # a text that is still to be written has as many words as it is given labels
+    wanted = labels if texts is None else texts
+    return [annotated.labels(text, one, "--labels") or () for text, one in zip(wanted, labels, strict=True)]
 
 
 def _check_utf8(option: str, texts: list[str]) -> None:

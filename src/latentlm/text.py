@@ -146,6 +146,7 @@ def encode(
     texts: Sequence[str],
     *,
     annotations: Sequence[Sequence[str]] | None = None,
+    cut: bool = False,
     batch_size: int = 32,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
@@ -154,16 +155,17 @@ def encode(
 
     Args:
         annotations: the labels of each text, for a model that is conditional.
+        cut: take of a text that is longer than the model's context its beginning, as evaluation does.
 
     Raises:
-        InputError: no text, or one longer than the model's context.
+        InputError: no text, or one longer than the model's context that is not to be cut.
     """
     if isinstance(texts, str):
         raise InputError("give a list of texts, not one string.")
     lengths = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
     longest = model.config.max_position_embeddings
-    for row, length in enumerate(lengths):
-        if length + 1 > longest:
+    for row, length in enumerate(lengths, start=1):
+        if length + 1 > longest and not cut:
             raise InputError(f"text {row} has {length + 1} tokens and the model's context is {longest}: shorten it.")
     if not lengths:
         raise InputError("there is no text to encode.")
@@ -178,11 +180,11 @@ def encode(
         condition = None
         if annotations is not None:
             condition = on_device(condition_of([annotations[index] for index in indices], labels), model.device)
-        given = on_device(batch, model.device)
+        given = on_device({name: ids[:, : longest + 1] for name, ids in batch.items()}, model.device)
         posterior = model.infer(given["input_ids"], given["attention_mask"], condition, seed=seed)
         mean, variance = posterior.mean.float().cpu().numpy(), posterior.variance.float().cpu().numpy()
         for row, index in enumerate(indices):
-            end = lengths[index] + 1 if model.latent_per_token else None  # EOS is a token, too
+            end = min(lengths[index] + 1, longest) if model.latent_per_token else None  # EOS is a token, too
             means[index], variances[index] = mean[row, :end], variance[row, :end]
         done += len(indices)
         if on_progress is not None:

@@ -199,6 +199,26 @@ def test_a_model_without_annotations_takes_none():
         condition_of([["V"]], None)
     with pytest.raises(InputError, match="text 2 has the label 'X', which is none of ARG0, ARG1, V"):
         condition_of([["V"], ["X"]], LABELS)
+    for wrong in ([], ["V ARG0"], [["V"], []]):
+        with pytest.raises(InputError, match="a list of the labels of each text"):
+            condition_of(wrong, LABELS)
+
+
+@torch.no_grad()
+def test_in_half_precision():
+    model = conditional().to(torch.bfloat16)
+    posterior = model.infer(texts(2, 5), None, labels_of("V ARG0", "ARG1"))
+    assert posterior.mean.dtype == torch.float32 and bool(torch.isfinite(posterior.mean).all())
+
+
+def test_texts_may_lack_labels_that_nobody_needs(tmp_path):
+    (tmp_path / "a.txt").write_text("w3 w4 & V\nw5\na & b & c\n")
+    documents = read_documents(tmp_path / "a.txt", annotated=Annotated(" & ", needed=False))
+    assert [(d.text, d.annotations) for d in documents] == [("w3 w4", None), ("w5", None), ("a & b & c", None)]
+    for name, content in (("b.tsv", "text\troles\nw3 w4\tV\n"), ("c.tsv", "text\nw3 w4\n")):
+        (tmp_path / name).write_text(content)
+        documents = read_documents(tmp_path / name, annotated=Annotated("roles", needed=False))
+        assert [(d.text, d.annotations) for d in documents] == [("w3 w4", None)]
 
 
 # ---- the encoder's tokens, made with the batch -----------------------------------------------------------------------
@@ -285,7 +305,8 @@ def test_labels_by_number_of_column(tmp_path):
         ("a.txt", "w3 & V & V\n", " & ", r"a\.txt line 1 is not of the form"),
         ("a.txt", " & V\n", " & ", r"a\.txt line 1 is not of the form"),
         ("a.txt", "w3 & \n", " & ", r"a\.txt line 1"),
-        ("a.txt", "w3 & V\n", "  ", "the place of the annotations is empty"),
+        ("a.txt", "w3 & V\n", "", "the place of the annotations is empty"),
+        ("a.txt", "w3 w4\tV\n", "\t", r"a\.txt line 1 has 1 labels for 2 words"),
         ("a.tsv", "text\troles\nw3\tV\nw4\n", "roles", r"a\.tsv line 3 has no labels in 'roles'"),
         ("a.tsv", "text\troles\nw3\tV\n", "rolls", r"annotations="),
         ("a.tsv", "text\troles\nw3\tV\n", "2", "both by name, or both by number"),
@@ -378,6 +399,11 @@ def test_trained_evaluated_encoded_and_written(run_folder, tmp_path):
         (["generate", "--labels", "NO"], "the label 'NO'"),
         (["encode", "--text", "w3"], "this model is conditional"),
         (["encode", "--text", "w3", "--text", "w4", "--text", "w5", "--labels", "V", "--labels", "V"], "do not fit 3"),
+        (["encode", "--text", "w3 w4", "--labels", "V"], "has 1 labels for 2 words"),
+        (["encode", "--data", "builtin:sentences", "--labels", "V"], "--labels are of --text"),
+        (["generate", "--labels", ""], "no labels"),
+        (["evaluate", "--prior-samples", "3"], "prior_samples is of models of p(x)"),
+        (["evaluate", "--diversity", "3"], "diversity is of models of p(x)"),
     ],
 )
 def test_what_the_command_line_says(run_folder, tmp_path, arguments, message):
@@ -432,6 +458,8 @@ def test_models_without_a_condition_read_the_texts_alone(run_folder, tmp_path, o
     assert "annotations" not in corpus.train[0]
     model, tokenizer = load(tmp_path / "run")
     own = evaluation_sequences(tmp_path / "run", tokenizer, 8)
+    (tmp_path / "plain.txt").write_text("w3 w4\nw5\n")
+    assert len(evaluation_sequences(tmp_path / "run", tokenizer, 8, str(tmp_path / "plain.txt"))) == 2
     given = evaluation_sequences(tmp_path / "run", tokenizer, 8, str(run_folder / "texts.txt"))
     for data in (own, given):
         texts_of = tokenizer.batch_decode([item["input_ids"][1:].tolist() for item in data])

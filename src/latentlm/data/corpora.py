@@ -41,13 +41,17 @@ class Annotated:
     Args:
         place: a column, as that of the text is named; in a `.txt` what stands between a line's text and its labels.
         per: "word": a label for each word, words and labels being what white space separates. "text": one label.
+        needed: whether texts must have labels. If not they are left out where they are, and nobody looks at them.
     """
 
     place: str
     per: str = "word"
+    needed: bool = True
 
-    def labels(self, text: str, content: Any, where: str) -> tuple[str, ...]:
+    def labels(self, text: str, content: Any, where: str) -> tuple[str, ...] | None:
         """The labels in the content of a cell, or in a list of them, which have to fit the text."""
+        if not self.needed:
+            return None
         if isinstance(content, str):
             content = content.split() if self.per == "word" else [content.strip()]
         if not isinstance(content, list) or not content or not all(isinstance(one, str) and one for one in content):
@@ -91,7 +95,7 @@ def read_documents(
         raise InputError(f"sample_by={sample_by!r} is unknown: give one of {', '.join(SAMPLE_BY)}")
     if annotated is not None and annotated.per not in ("word", "text"):
         raise InputError(f"labels are of each word or text, not of each {annotated.per!r}")
-    if annotated is not None and not annotated.place.strip():
+    if annotated is not None and not annotated.place:
         raise InputError("the place of the annotations is empty: name a column, or what separates them in a .txt")
     name = str(source)
     if not name.strip():
@@ -231,6 +235,8 @@ def _read_text(path: Path, sample_by: str, annotated: Annotated | None) -> Itera
 
 def _annotated_line(line: str, annotated: Annotated, where: str) -> Document:
     text, *labels = line.split(annotated.place)
+    if not annotated.needed:
+        text, labels = (text, [""]) if len(labels) == 1 else (line, [""])
     if len(labels) != 1 or not text.strip():
         raise InputError(f"{where} is not of the form TEXT{annotated.place}LABELS: mend it or take it out")
     return Document(text.strip(), annotations=annotated.labels(text, labels[0], where))
@@ -267,7 +273,7 @@ def _checked(text: Any, column: str, where: str, annotated: Annotated | None = N
 
 
 def _label_column(record: Mapping[str, Any], annotated: Annotated | None, where: str) -> None:
-    if annotated is not None and annotated.place not in record:
+    if annotated is not None and annotated.needed and annotated.place not in record:
         names = ", ".join(map(str, record)) or "none"
         raise InputError(f"{where} has no column {annotated.place!r} of labels: give one of its columns ({names})")
 
@@ -325,7 +331,7 @@ def _read_parquet(path: Path, column: str | None, annotated: Annotated | None) -
             _label_column(kinds, annotated, str(path))
             if kinds[name] is None:
                 raise InputError(f"{path} column {name!r} holds no strings: give column= a column of text")
-            columns = [name] if annotated is None else [name, annotated.place]
+            columns = [name] if annotated is None or not annotated.needed else [name, annotated.place]
             rows = (row for batch in file.iter_batches(1000, columns=columns) for row in batch.to_pylist())
             records = ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
             yield from _read_records(records, name, annotated)
@@ -365,7 +371,7 @@ def _read_delimited(
     index, has_header = _delimited_column(path, first[1], column)
     name = first[1][index] if has_header else str(index + 1)
     of_labels = None
-    if annotated is not None:
+    if annotated is not None and annotated.needed:
         of_labels, with_header = _delimited_column(path, first[1], annotated.place, "annotations")
         if with_header != has_header:
             raise InputError(f"{path}: name the columns of text and of labels both by name, or both by number")

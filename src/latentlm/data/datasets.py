@@ -303,6 +303,8 @@ def condition_of(annotations: Sequence[Sequence[str]], labels: Sequence[str] | N
     """
     if labels is None:
         raise InputError("this model was trained without annotations: give no labels.")
+    if not annotations or any(isinstance(row, str) or not row for row in annotations):
+        raise InputError("annotations are a list of the labels of each text, at least one: [['ARG0', 'V'], …].")
     return {"annotations": padded_labels(label_ids(annotations, labels))}
 
 

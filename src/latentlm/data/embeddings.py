@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from latentlm.data.datasets import collate, length_buckets
 from latentlm.distributions import sequence_keys
 from latentlm.errors import InputError
-from latentlm.files import alone_in, publish_folder, saving
+from latentlm.files import alone_in, damage, publish_folder, saving, write_checksums
 
 _PART = 16384  # texts between two parts
 
@@ -35,6 +35,7 @@ class Embeddings:
     def __init__(self, folder: str | Path, encoder: str, size: int):
         self.folder, self.size = Path(folder) / encoder, size
         self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self._whole: set[Path] = set()
         self._open()
 
     def _open(self) -> None:
@@ -46,6 +47,9 @@ class Embeddings:
                 raise InputError(f"{part} holds no embeddings that can be read: delete it.") from error
             if keys.dtype != np.int64 or rows.dtype != np.float32 or rows.shape != (len(keys), self.size):
                 raise InputError(f"{part} holds embeddings of another kind: delete it.")
+            if part not in self._whole and (fault := damage(part, "*.npy")):
+                raise InputError(f"{part} is not as it was written ({fault}): delete it.")
+            self._whole.add(part)
             self._parts.append((keys, rows))
 
     def __len__(self) -> int:
@@ -129,5 +133,6 @@ class Embeddings:
         staging.mkdir(parents=True)
         np.save(staging / "keys.npy", sorted_keys)
         np.save(staging / "rows.npy", np.concatenate(rows)[first])
+        write_checksums(staging)
         publish_folder(staging, self.folder / f"part-{len(self._parts):06d}")
         self._open()

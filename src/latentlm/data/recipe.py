@@ -66,7 +66,7 @@ class DataRecipe:
 
     source: str
     validation: str | None = None
-    validation_fraction: float = 0.05
+    validation_fraction: float | int = 0.05
     split_seed: int = 0
     column: str | None = None
     sample_by: Literal["line", "paragraph", "document"] = "line"
@@ -298,6 +298,8 @@ def evaluation_sequences(
 def annotated_as(data: DataRecipe | None, annotations: str | None, needed: bool) -> Annotated | None:
     """Where the labels of other texts stand: as a model's recipe says, at another place if one is given.
 
+    Where they are not needed a text may have none.
+
     Raises:
         InputError: nothing says where, and they are needed.
     """
@@ -306,4 +308,4 @@ def annotated_as(data: DataRecipe | None, annotations: str | None, needed: bool)
         return None
     if place is None:
         raise InputError("this model is conditional: say where the labels of the texts stand (--annotations).")
-    return Annotated(place, "word" if data is None else data.annotations_per)
+    return Annotated(place, "word" if data is None else data.annotations_per, needed)

@@ -92,6 +92,10 @@ def measure(
     wanted = Scoring.of(**scoring)
     if wanted.reconstructions and tokenizer is None:
         raise InputError("reconstructions are compared as text: give measure the tokenizer, too.")
+    if getattr(model.config, "annotation_labels", None) is not None:
+        for name in ("prior_samples", "diversity", "style_transfer"):
+            if getattr(wanted, name):
+                raise InputError(f"{name} is of models of p(x), and this one is of p(x | c), of texts with labels.")
     options: dict[str, Any] = {"batch_size": wanted.batch_size, "seed": seed, "on_progress": on_progress}
     beside: dict[str, Any] = {}
     # these first, since they may have to refuse

@@ -159,7 +159,7 @@ class Bottleneck(nn.Module):
     def forward(self, pooled: Float[Tensor, "batch size"], labels: Tensor | None) -> tuple[Tensor, Tensor]:
         pooled = self.norm(pooled.to(self.mean.weight.dtype))
         if labels is not None:
-            pooled = torch.cat((pooled, labels), -1)
+            pooled = torch.cat((pooled, labels.to(pooled.dtype)), -1)
         return self.mean(pooled).float(), self.log_variance(pooled).float()
 
 
@@ -213,7 +213,10 @@ class LangVAE(HostedLM, VariationalLM):
         language_model = load_decoder(config.decoder_name, config.decoder_revision, how, maps[0])
         longest = getattr(language_model.config, "max_position_embeddings", None) or config.max_position_embeddings
         if longest < config.max_position_embeddings:
-            raise InputError(f"max_position_embeddings exceeds the context of {config.decoder_name}, {longest}.")
+            raise InputError(
+                f"the context of {config.decoder_name} is {longest} tokens, and texts may have "
+                f"{config.max_position_embeddings} (max_position_embeddings, in a recipe data.length): give less."
+            )
         self.injection = Injection(config, slot_shapes(language_model))
         self.annotations = None if config.annotation_labels is None else Annotations(config)
         text_encoder, of_encoder = None, None
@@ -382,7 +385,9 @@ class LangVAE(HostedLM, VariationalLM):
                 raise InputError("this model was trained without annotations: give no labels as condition.")
             return None
         if given is None:
-            raise InputError("this model is conditional, p(x | z, c): give the labels of each text as condition.")
+            raise InputError(
+                "this model is conditional, p(x | z, c): give the labels of each text (condition, --labels)."
+            )
         if not isinstance(given, Tensor) or given.dim() != 2 or given.dtype != torch.long:
             raise InputError("annotations are places of labels, whole numbers [texts, words]: see data.condition_of.")
         if len(given) not in (1, rows):

@@ -329,7 +329,7 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
         )
     if encoder.embeddings is not None and (not issubclass(family, LangVAE) or data.streaming or not config.has_encoder):
         raise InputError(
-            f"{places[('encoder', 'embeddings')]}: encoder.embeddings is for a lang_vae with an encoder, not streamed."
+            f"{places[('encoder', 'embeddings')]}: encoder.embeddings is for a lang_vae with an encoder, and no stream."
         )
     if encoder.asks_for_something:
         with _located("encoder", document["encoder"], places):

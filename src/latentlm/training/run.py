@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from latentlm.training.recipe import Recipe, load_recipe
 from latentlm.training.trainer import LatentTrainer
 
 ORDER_FILE = "order.json"
+_SECONDS_OF_SILENCE = 5
 
 
 def training_figures(folder: str | Path) -> dict[str, Any]:
@@ -241,7 +243,7 @@ def _train(
     model = build_model(recipe, corpus.tokenizer, corpus.labels)
     trained, every = number_of_trained_parameters(model), number_of_parameters(model)
     if trained < every:
-        on_stage(f"{trained:,} parameters train, beside {every - trained:,} frozen ones (Optimus: 233,000,000)")
+        on_stage(f"{trained:,} parameters train, beside {every - trained:,} frozen ones (Optimus trains 233 million)")
     if recipe.encoder.initial is not None and start.checkpoint is None:
         take_encoder(model, corpus.tokenizer, recipe.encoder.initial)
     if recipe.encoder.embeddings is not None:
@@ -288,10 +290,11 @@ def _train(
 def _keep_embeddings(model: LatentLM, folder: str, corpus: Corpus, on_stage: Callable[[str], None]) -> None:
     """Of all training texts, by the main process; the others wait, and all read what it kept."""
     assert isinstance(model, LangVAE)
-    say = seldom(on_stage)
+    say, begun = seldom(on_stage), time.monotonic()
 
     def on_progress(done: int, number: int) -> None:
-        say(f"what the encoder says is kept in {folder}: {done:,} of {number:,} texts")
+        if time.monotonic() - begun > _SECONDS_OF_SILENCE:  # to find what is kept already takes no time
+            say(f"what the encoder says is kept in {folder}: {done:,} of {number:,} texts")
 
     def on_wait() -> None:
         on_stage(f"waiting for another process that keeps what the encoder says in {folder}")
