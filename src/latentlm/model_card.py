@@ -11,7 +11,7 @@ import yaml
 from latentlm.data.recipe import WORDS, DataRecipe
 from latentlm.errors import InputError
 from latentlm.families import FAMILIES, HuggingFaceLM, LangVAE
-from latentlm.latent_lm import LatentLM, number_of_parameters
+from latentlm.latent_lm import LatentLM, number_of_parameters, number_of_trained_parameters
 
 _COUNTS = ("sequences", "tokens", "parameters", "iw_samples")
 _MEASURED = (
@@ -117,13 +117,12 @@ def _what(model: LatentLM, family: str) -> Iterator[str]:
     yield " ".join(title.split())
     if rest and rest[0].startswith("p(z)"):
         yield f"```\n{rest[0]}\n```"
-    trained = sum(math.prod(one.shape) for one in model.parameters() if one.requires_grad)
     of = f"`{model.config.architecture}` of transformers" if isinstance(model, HuggingFaceLM) else type(model).__name__
     lines = [f"- family: `{family}` ({of})", f"- latent: {_latent(model)}"]
     if hasattr(model.config, "inference"):
         lines += [f"- q(z | x): {model.config.inference}"]
     lines += [
-        f"- parameters: {number_of_parameters(model):,} in all, {trained:,} of them trained",
+        f"- parameters: {number_of_parameters(model):,} in all, {number_of_trained_parameters(model):,} trained",
         f"- vocabulary: {model.config.vocab_size:,} tokens; "
         f"longest text: {model.config.max_position_embeddings:,} tokens after BOS",
     ]
@@ -177,16 +176,23 @@ def _frozen_parts(model: LatentLM) -> Iterator[str]:
             )
 
 
+def _labels(model: LatentLM) -> list[str]:
+    """Of the texts of a model that is conditional."""
+    return getattr(model.config, "annotation_labels", None) or []
+
+
 def _use(model: LatentLM, name: str) -> Iterator[str]:
+    labels = f"annotations=[{_labels(model)[:1]}], " if _labels(model) else ""
     yield f"""\
 ```python
 import latentlm
 from latentlm.text import write
 
 model, tokenizer = latentlm.load("{name}")
-print(*write(model, tokenizer, num_return_sequences=3, max_new_tokens=32, do_sample=True, seed=0), sep="\\n")
+print(*write(model, tokenizer, {labels}num_return_sequences=3, max_new_tokens=32, do_sample=True, seed=0), sep="\\n")
 ```"""
-    yield f"Or `latentlm generate {name} -n 3`; with `--prompt TEXT` it goes on from a text."
+    option = f" --labels '{_labels(model)[0]}'" if labels else ""
+    yield f"Or `latentlm generate {name}{option} -n 3`; with `--prompt TEXT` it goes on from a text."
     if isinstance(model, HuggingFaceLM):
         yield "It is a plain model of transformers, too: `AutoModelForCausalLM.from_pretrained` loads it."
 
@@ -223,6 +229,7 @@ def _data(model: LatentLM, data: DataRecipe | None) -> Iterator[str]:
             f"- split: {split}",
             f"- sequences: {unit}",
             f"- tokenizer: {tokenizer}",
+            *([f"- labels of each {data.annotations_per}: {', '.join(_labels(model))}"] if _labels(model) else []),
         ]
     )
 
@@ -259,6 +266,8 @@ def _figures(figures: Mapping[str, Any] | None) -> Iterator[str]:
         )
         return
     exact, samples = figures["exact"], figures["iw_samples"]
+    if figures.get("conditional"):
+        yield "All figures are of p(x | c), of texts given their labels, and none compares with those of p(x)."
     data = f"`{figures['data']}`" if figures.get("data") else "the held-out data named above"
     if "data" not in figures:
         data = "not recorded"
@@ -314,6 +323,12 @@ def _rows(figures: Mapping[str, Any], exact: bool, samples: int) -> Iterator[tup
             f"{sign} {figures['continuation_nll_per_token']:.4f}",
             kind,
         )
+    if figures.get("reconstruction_bleu") is not None:
+        of = f"no likelihood: of {figures['reconstruction_texts']:,} texts, written from the mean of a q that saw them"
+        yield "reconstruction: BLEU", f"{figures['reconstruction_bleu']:.1f}", of
+        if (other := figures.get("reconstruction_bleu_of_other_z")) is not None:
+            yield "  by another text's z", f"{other:.1f}", "its control"
+        yield "reconstruction: exact match", f"{figures['reconstruction_exact_match']:.3f}", of
     published = "no bound: as the family's published code scores; not to be compared with other figures"
     if figures.get("published_nll_per_token") is not None:
         yield "as published: NLL, nats per token", f"{figures['published_nll_per_token']:.4f}", published

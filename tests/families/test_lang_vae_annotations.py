@@ -15,6 +15,7 @@ from latentlm.data import Annotated, Collator, Sentences, condition_of, load_tok
 from latentlm.data.recipe import evaluation_sequences
 from latentlm.evaluation.continuation import continuation
 from latentlm.evaluation.likelihood import evaluate
+from latentlm.model_card import check_figures, model_card
 from latentlm.text import encode, write
 from latentlm.training.recipe import parse_recipe
 from latentlm.training.run import train
@@ -152,6 +153,13 @@ def test_figures_do_not_depend_on_batches():
         assert one[name] == pytest.approx(many[name], rel=1e-5)
     parts = [continuation(model, rows, prompt_tokens=2, samples=3, batch_size=size) for size in (1, 5)]
     assert parts[0]["continuation_nll_per_token"] == pytest.approx(parts[1]["continuation_nll_per_token"], rel=1e-5)
+
+
+def test_the_card_says_what_its_figures_are_of():
+    model = conditional()
+    card = model_card(model, "me/model", figures=check_figures(evaluate(model, annotated_rows(), iw_samples=2), model))
+    assert "All figures are of p(x | c)" in card
+    assert "annotations=[['ARG0']]" in card and "--labels 'ARG0'" in card
 
 
 def annotated_rows():
