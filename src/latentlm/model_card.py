@@ -122,7 +122,8 @@ def _what(model: LatentLM, family: str) -> Iterator[str]:
     if hasattr(model.config, "inference"):
         lines += [f"- q(z | x): {model.config.inference}"]
     lines += [
-        f"- parameters: {number_of_parameters(model):,} in all, {number_of_trained_parameters(model):,} trained",
+        f"- parameters: {number_of_parameters(model):,} in all, "
+        f"{number_of_trained_parameters(model):,} of them trained",
         f"- vocabulary: {model.config.vocab_size:,} tokens; "
         f"longest text: {model.config.max_position_embeddings:,} tokens after BOS",
     ]
