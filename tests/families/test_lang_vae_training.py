@@ -168,3 +168,9 @@ def test_runs_side_by_side_wait_for_what_one_keeps(texts_file, tmp_path):
     model.keep_embeddings(tmp_path / "kept", corpus.train, on_wait=lambda: (said.append(1), waiting.set()))
     other.join()
     assert said == [1] and len(model._kept) > 0
+
+
+def test_workers_make_the_encoders_tokens(texts_file, tmp_path):
+    plain = train(recipe(texts_file), tmp_path / "plain")[2]
+    workers = train(recipe(texts_file, "training.dataloader_num_workers=1"), tmp_path / "workers")[2]
+    assert losses(workers) == pytest.approx(losses(plain), rel=1e-6)
