@@ -15,6 +15,20 @@ from transformers.utils import logging as transformers_logging
 # the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
 from latentlm.endings import told_in_one_sentence
 from latentlm.errors import InputError
+from latentlm.options import (
+    DATA_HELP,
+    Annotations,
+    BatchSize,
+    Column,
+    JsonFile,
+    Labels,
+    Limit,
+    Model,
+    SampleBy,
+    Seed,
+    Settings,
+    checked_seed,
+)
 from latentlm.processes import is_main, join, launched
 
 app = typer.Typer(
@@ -26,47 +40,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-
-def _json_file(path: Path | None) -> Path | None:
-    """Refuses a place that cannot be written before the work, not after it."""
-    from latentlm.files import check_writable
-
-    if path is not None:
-        check_writable(path)
-    return path
-
-
-def _seed(seed: int | None) -> int | None:
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise InputError("--seed must fit in 64 bits: give a smaller number.")
-    return seed
-
-
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE, too.", callback=_json_file)
-]
-Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved model.", metavar="MODEL")]
-Seed = Annotated[int, typer.Option(help="Seed of all noise.", callback=_seed)]
-Column = Annotated[str | None, typer.Option(help="Text column of a table: its name, or its number from 1.")]
-SampleBy = Annotated[str | None, typer.Option(help="What of a text file is one document: line, paragraph or document.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="Read only so many documents.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="Infer otherwise than in training, as inference_steps=64."),
-]
-Annotations = Annotated[
-    str | None,
-    typer.Option(
-        help="Where --data has its labels: a column, or what separates them in a .txt; by default as trained."
-    ),
-]
-Labels = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="'LABEL …'", help="Of a conditional model: the labels of a text, in order; of each, or once for all."
-    ),
-]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; changes speed and memory, no figure.")]
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
 _FILE_WIDTH = 250
@@ -74,7 +47,6 @@ _OF_SEVERAL_PROCESSES = ("train", "evaluate")
 _MOST_SAMPLES = 1_000_000
 _PAIRS_SHOWN = 5
 _LEAST_TEMPERATURE = 1e-12  # far below it logits overflow
-_DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
 
 @app.callback()
@@ -103,7 +75,7 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Folder for models, figures, plot and samples.")] = Path(
         "runs/quickstart"
     ),
-    data: Annotated[str | None, typer.Option(help="Own text in place of builtin:sentences. " + _DATA_HELP)] = None,
+    data: Annotated[str | None, typer.Option(help="Own text in place of builtin:sentences. " + DATA_HELP)] = None,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
@@ -220,7 +192,7 @@ def sweep(
 def evaluate(
     model: Model,
     data: Annotated[
-        str | None, typer.Option(help="By default the validation data of the model's recipe. " + _DATA_HELP)
+        str | None, typer.Option(help="By default the validation data of the model's recipe. " + DATA_HELP)
     ] = None,
     column: Column = None,
     sample_by: SampleBy = None,
@@ -354,7 +326,7 @@ def generate(
         int | None, typer.Option(min=1, help="Infer z afresh from the text so far after so many new tokens.")
     ] = None,
     settings: Settings = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the call repeatable.", callback=_seed)] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the call repeatable.", callback=checked_seed)] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Write text: from latents inferred from a prompt, from the prior, or from a file.
@@ -412,7 +384,7 @@ def encode(
         Path, typer.Option(help=".npz (ids, mean, variance; lengths of trajectories) or .parquet (id, flat, shape).")
     ],
     text: Annotated[list[str] | None, typer.Option(help="A text; may be given several times.")] = None,
-    data: Annotated[str | None, typer.Option(help=_DATA_HELP)] = None,
+    data: Annotated[str | None, typer.Option(help=DATA_HELP)] = None,
     column: Column = None,
     sample_by: SampleBy = None,
     annotations: Annotations = None,
