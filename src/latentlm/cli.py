@@ -427,6 +427,9 @@ def encode(
     with counted(_console(), "encoding") as on_progress:
         encoding = run(loaded, tokenizer, text or [], **options, on_progress=on_progress)
     encoding.save(output)
+    if encoding.truncated:
+        longest = loaded.config.max_position_embeddings
+        typer.echo(f"{encoding.truncated} texts are longer than {longest} tokens and are cut.")
     shape = " × ".join(map(str, encoding.mean.shape[1:]))
     typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
 

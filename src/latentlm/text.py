@@ -22,14 +22,16 @@ from latentlm.latent_lm import LatentLM
 class Encoding:
     """Posteriors of N texts: `ids` [N] (0 … N − 1), `mean` and `variance` [N, *event] of q(z | x).
 
-    Where a latent has a part for each token, the event is [T, size] with T of the longest text, `lengths` [N] has that
-    of each, and what stands after it is 0.
+    `truncated` of the texts were longer than the model's context and are encoded by their beginnings. Where a latent
+    has a part for each token, the event is [T, size] with T of the longest text, `lengths` [N] has that of each, and what
+    stands after it is 0.
     """
 
     ids: np.ndarray
     mean: Float[np.ndarray, "texts *event"]
     variance: Float[np.ndarray, "texts *event"]
     lengths: np.ndarray | None = None
+    truncated: int = 0
 
     def save(self, path: str | Path) -> None:
         """Writes `.npz`, or `.parquet` with each latent as a flat list and its shape beside it; whole or not at all."""
@@ -164,7 +166,7 @@ def encode(
         raise InputError("give a list of texts, not one string.")
     lengths = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
     longest = model.config.max_position_embeddings
-    for row, length in enumerate(lengths, start=1):
+    for row, length in enumerate(lengths):
         if length + 1 > longest and not cut:
             raise InputError(f"text {row} has {length + 1} tokens and the model's context is {longest}: shorten it.")
     if not lengths:
@@ -179,7 +181,9 @@ def encode(
         batch = text_batch(tokenizer, [texts[index] for index in indices])
         condition = None
         if annotations is not None:
-            condition = on_device(condition_of([annotations[index] for index in indices], labels), model.device)
+            condition = on_device(
+                condition_of([annotations[index][:longest] for index in indices], labels), model.device
+            )
         given = on_device({name: ids[:, : longest + 1] for name, ids in batch.items()}, model.device)
         posterior = model.infer(given["input_ids"], given["attention_mask"], condition, seed=seed)
         mean, variance = posterior.mean.float().cpu().numpy(), posterior.variance.float().cpu().numpy()
@@ -190,7 +194,8 @@ def encode(
         if on_progress is not None:
             on_progress(done, len(texts))
     of_tokens = np.array([len(mean) for mean in means]) if model.latent_per_token else None
-    return Encoding(np.arange(len(texts)), _stacked(means), _stacked(variances), of_tokens)
+    truncated = sum(length + 1 > longest for length in lengths)
+    return Encoding(np.arange(len(texts)), _stacked(means), _stacked(variances), of_tokens, truncated)
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

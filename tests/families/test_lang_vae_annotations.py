@@ -473,3 +473,14 @@ def test_models_without_a_condition_read_the_texts_alone(run_folder, tmp_path, o
         texts_of = tokenizer.batch_decode([item["input_ids"][1:].tolist() for item in data])
         assert not any("ARG" in text or "<pad>" in text for text in texts_of)
         assert not evaluate(model, data, iw_samples=1)["conditional"]
+
+
+def test_a_file_is_cut_where_a_text_is_refused(run_folder, tmp_path):
+    (tmp_path / "long.txt").write_text("w3 w4 & V V\n" + "w5 " * 30 + "& " + "V " * 30 + "\n")
+    folder, output = str(run_folder / "run"), str(tmp_path / "z.npz")
+    with unchecked():
+        status, out, err = run("encode", folder, "--data", str(tmp_path / "long.txt"), "--output", output)
+        assert status == 0 and "1 texts are longer than 8 tokens and are cut." in out, err
+        status, _, err = run("encode", folder, "--text", "w5 " * 30, "--labels", "V " * 30, "--output", output)
+    assert_one_sentence(status, err)
+    assert "text 0 has 31 tokens and the model's context is 8" in err
