@@ -22,9 +22,10 @@ from latentlm.latent_lm import LatentLM
 class Encoding:
     """Posteriors of N texts: `ids` [N] (0 … N − 1), `mean` and `variance` [N, *event] of q(z | x).
 
-    `truncated` of the texts were longer than the model's context and are encoded by their beginnings. Where a latent
-    has a part for each token, the event is [T, size] with T of the longest text, `lengths` [N] has that of each, and what
-    stands after it is 0.
+    `truncated` of the texts were longer than the model's context and are encoded by their beginnings.
+
+    Where a latent has a part for each token, the event is [T, size] with T of the longest text, `lengths` [N] has that
+    of each, and what stands after it is 0.
     """
 
     ids: np.ndarray
