@@ -271,7 +271,7 @@ def evaluate(
         sample_by=sample_by,
         limit=limit,
         annotations=annotations,
-        labels=getattr(loaded.config, "annotation_labels", None),
+        labels=loaded.annotation_labels,
     )
     if truncated := getattr(sequences, "truncated", 0):
         console.print(f"{truncated} texts are longer than {loaded.config.max_position_embeddings} tokens and are cut.")
@@ -411,7 +411,7 @@ def encode(
     loaded, tokenizer = _load(model)
     _change_inference(loaded, settings)
     _check_has_latents(model, loaded)
-    conditional = getattr(loaded.config, "annotation_labels", None) is not None
+    conditional = loaded.annotation_labels is not None
     of_texts = None
     if data is not None:
         if labels:
@@ -463,7 +463,7 @@ def _split_labels(
 
     if not labels:
         return []
-    if getattr(model.config, "annotation_labels", None) is None:
+    if model.annotation_labels is None:
         raise InputError(f"{name} was trained without annotations: leave --labels out.")
     if texts is not None and len(texts) != len(labels):
         raise InputError(f"the labels of {len(labels)} texts do not fit {len(texts)}: give those of each, or of one.")

@@ -126,11 +126,13 @@ def alone_in(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterato
         InputError: another process has it, or nothing can be written there.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    waits = False
     while (file := _locked(folder)) is None:
         if on_wait is None:
             raise InputError(f"another process works in {folder}: wait for its end, or name another folder.")
-        on_wait()
-        on_wait = _nothing
+        if not waits:
+            on_wait()
+        waits = True
         time.sleep(_SECONDS_BETWEEN_TRIES)
     lock = folder / LOCK_FILE
     with file:
@@ -141,10 +143,6 @@ def alone_in(folder: Path, on_wait: Callable[[], None] | None = None) -> Iterato
             with suppress(OSError):  # not empty: as it should be
                 for path in made:
                     path.rmdir()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _locked(folder: Path) -> BinaryIO | None:

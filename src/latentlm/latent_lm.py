@@ -119,6 +119,11 @@ class LatentLM(PreTrainedModel):
         """What a `Collator` is to make of each batch as part of its condition, before it comes to the model."""
         return None
 
+    @property
+    def annotation_labels(self) -> list[str] | None:
+        """Names of the labels of texts that the model takes as a condition; None where it takes none."""
+        return getattr(self.config, "annotation_labels", None)
+
     # ---- the three sentences -------------------------------------------------------------------------------------
 
     def prior(self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None) -> Distribution:

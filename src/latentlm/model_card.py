@@ -179,7 +179,7 @@ def _frozen_parts(model: LatentLM) -> Iterator[str]:
 
 def _labels(model: LatentLM) -> list[str]:
     """Of the texts of a model that is conditional."""
-    return getattr(model.config, "annotation_labels", None) or []
+    return model.annotation_labels or []
 
 
 def _use(model: LatentLM, name: str) -> Iterator[str]:

@@ -176,7 +176,7 @@ def encode(
         raise InputError(f"the labels of {len(annotations)} texts do not fit {len(texts)}: give those of each.")
     means: list[np.ndarray] = [np.zeros(0)] * len(texts)
     variances = means.copy()
-    labels = getattr(model.config, "annotation_labels", None)
+    labels = model.annotation_labels
     done = 0
     for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
         batch = text_batch(tokenizer, [texts[index] for index in indices])
@@ -234,7 +234,7 @@ def write(
         batch = text_batch(tokenizer, prompts, end=False)
         given = on_device(batch, model.device)
     if annotations:
-        labels = getattr(model.config, "annotation_labels", None)
+        labels = model.annotation_labels
         options["condition"] = on_device(condition_of(annotations, labels), model.device)
     rows = model.generate(**given, **options)
     skip = given["input_ids"].shape[1] if given else 1

@@ -92,7 +92,7 @@ def measure(
     wanted = Scoring.of(**scoring)
     if wanted.reconstructions and tokenizer is None:
         raise InputError("reconstructions are compared as text: give measure the tokenizer, too.")
-    if getattr(model.config, "annotation_labels", None) is not None:
+    if model.annotation_labels is not None:
         for name in ("prior_samples", "diversity", "style_transfer"):
             if getattr(wanted, name):
                 raise InputError(f"{name} is of models of p(x), and this one is of p(x | c), of texts with labels.")

@@ -10,12 +10,11 @@ import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.distributions import Independent
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
-from latentlm.distributions import standard_normal
 from latentlm.layers import TransformerBlock, rotation
+from latentlm.without_latents import WithoutLatents
 
 
 @strict
@@ -47,12 +46,11 @@ class AutoregressiveConfig(CausalConfig):
             raise ValueError("kl_target steers a KL, and a model without latents has none: leave it out")
 
 
-class Autoregressive(CausalLatentLM):
+class Autoregressive(WithoutLatents, CausalLatentLM):
     """p(x) = Π_t p(x_t | x_<t)."""
 
     config: AutoregressiveConfig
     config_class = AutoregressiveConfig
-    exact = True
     latent_dims = 1
 
     def __init__(self, config: AutoregressiveConfig):
@@ -72,19 +70,6 @@ class Autoregressive(CausalLatentLM):
         super()._init_weights(module)
         if module is self and self.config.memory_per_layer:
             nn.init.normal_(self.memory)  # as an LTM's latents from their prior
-
-    def prior(self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None) -> Independent:
-        return standard_normal(batch_size, (0,), self.device)
-
-    def infer(
-        self,
-        input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch time"] | None = None,
-        condition: Any = None,
-        *,
-        seed: int = 0,
-    ) -> Independent:
-        return standard_normal(len(input_ids), (0,), self.device)
 
     def hidden_states(
         self,

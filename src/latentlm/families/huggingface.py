@@ -10,19 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from jaxtyping import Int64
-from torch import Tensor
-from torch.distributions import Independent
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from latentlm.config import LatentLMConfig
-from latentlm.distributions import standard_normal
 from latentlm.errors import InputError, one_sentence
 from latentlm.files import write_checksums
 from latentlm.hosted_lm import HostedLM
 from latentlm.latent_lm import WEIGHTS
 from latentlm.pretrained import load_decoder
+from latentlm.without_latents import WithoutLatents
 
 _PREFIX = "language_model."
 
@@ -73,12 +70,11 @@ class HuggingFaceLMConfig(LatentLMConfig):
             raise ValueError(f"architecture_fields: {one_sentence(error)}") from error
 
 
-class HuggingFaceLM(HostedLM):
+class HuggingFaceLM(WithoutLatents, HostedLM):
     """A causal language model of transformers, with a latent of no numbers."""
 
     config: HuggingFaceLMConfig
     config_class = HuggingFaceLMConfig
-    exact = True
 
     def __init__(self, config: HuggingFaceLMConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
@@ -106,19 +102,6 @@ class HuggingFaceLM(HostedLM):
             pad_token_id=own.pad_token_id,
         )
         return cls(config, language_model).eval()
-
-    def prior(self, batch_size: int, lengths: int | Int64[Tensor, " batch"], condition: Any = None) -> Independent:
-        return standard_normal(batch_size, (0,), self.device)
-
-    def infer(
-        self,
-        input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch time"] | None = None,
-        condition: Any = None,
-        *,
-        seed: int = 0,
-    ) -> Independent:
-        return standard_normal(len(input_ids), (0,), self.device)
 
     def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
         """Writes the plain model of transformers."""

@@ -300,7 +300,8 @@ def _keep_embeddings(model: LatentLM, folder: str, corpus: Corpus, on_stage: Cal
         on_stage(f"waiting for another process that keeps what the encoder says in {folder}")
 
     main_decides(lambda: model.keep_embeddings(folder, corpus.train, on_progress=on_progress, on_wait=on_wait))
-    model.keep_embeddings(folder)
+    if not is_main():
+        model.keep_embeddings(folder)
 
 
 def _write_end(

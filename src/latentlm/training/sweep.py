@@ -393,7 +393,7 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
         options = dict(trial.scoring)
         limit = options.pop("limit", None)
         if limit not in data:
-            labels = getattr(model.config, "annotation_labels", None)
+            labels = model.annotation_labels
             longest = model.config.max_position_embeddings
             data[limit] = evaluation_sequences(folder, tokenizer, longest, limit=limit, labels=labels)
         figures = trained | measure(model, data[limit], tokenizer=tokenizer, seed=trial.seed, **options)
