@@ -437,7 +437,7 @@ def test_encode_keeps_the_order_of_texts(latentlm):
     given = [part for text in texts for part in ("--text", text)]
     status, out, err = latentlm("encode", "model", *given, "--output", "by-text.npz")
     assert (status, err) == (0, "")
-    assert "3 texts, latents of 2 × 2 × 4, in by-text.npz" in out
+    assert "texts: 3; latents of 2 × 2 × 4; in by-text.npz" in out
     assert latentlm("encode", "model", "--data", "texts.txt", "--batch-size", "1", "--output", "by-data.npz")[0] == 0
     with np.load("by-text.npz") as one, np.load("by-data.npz") as other:
         np.testing.assert_allclose(one["mean"], other["mean"], atol=1e-5)

@@ -274,7 +274,8 @@ def evaluate(
         labels=loaded.annotation_labels,
     )
     if truncated := getattr(sequences, "truncated", 0):
-        console.print(f"{truncated} texts are longer than {loaded.config.max_position_embeddings} tokens and are cut.")
+        longest = loaded.config.max_position_embeddings
+        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")
     with counted(console, "evaluating") as on_progress:
         figures = measure(
             loaded,
@@ -429,9 +430,9 @@ def encode(
     encoding.save(output)
     if encoding.truncated:
         longest = loaded.config.max_position_embeddings
-        typer.echo(f"{encoding.truncated} texts are longer than {longest} tokens and are cut.")
+        typer.echo(f"cut at {longest} tokens: {encoding.truncated:,} of {len(encoding.ids):,} texts")
     shape = " × ".join(map(str, encoding.mean.shape[1:]))
-    typer.echo(f"{len(encoding.ids)} texts, latents of {shape}, in {output}")
+    typer.echo(f"texts: {len(encoding.ids):,}; latents of {shape}; in {output}")
 
 
 @app.command()

@@ -480,7 +480,7 @@ def test_a_file_is_cut_where_a_text_is_refused(run_folder, tmp_path):
     folder, output = str(run_folder / "run"), str(tmp_path / "z.npz")
     with unchecked():
         status, out, err = run("encode", folder, "--data", str(tmp_path / "long.txt"), "--output", output)
-        assert status == 0 and "1 texts are longer than 8 tokens and are cut." in out, err
+        assert status == 0 and "cut at 8 tokens: 1 of 2 texts" in out, err
         status, _, err = run("encode", folder, "--text", "w5 " * 30, "--labels", "V " * 30, "--output", output)
     assert_one_sentence(status, err)
     assert "text 0 has 31 tokens and the model's context is 8" in err
