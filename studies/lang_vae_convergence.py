@@ -2,8 +2,8 @@
 
     python studies/lang_vae_convergence.py runs/convergence convergence.png
 
-Needs a sweep with an evaluation every so many steps, as recipes/sweeps/lang-vae-convergence.yaml. All figures are of the
-validation data: −log p(x | z) of z ~ q(z | x), a reconstruction and no likelihood, and KL(q ‖ p).
+Needs a sweep with an evaluation every so many steps, as recipes/sweeps/lang-vae-convergence.yaml says. All figures are
+of the validation data: −log p(x | z) of z ~ q(z | x), a reconstruction and no likelihood, and KL(q ‖ p).
 """
 
 import argparse

@@ -275,7 +275,7 @@ def evaluate(
     )
     if truncated := getattr(sequences, "truncated", 0):
         longest = loaded.config.max_position_embeddings
-        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")
+        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")  # type: ignore[arg-type]
     with counted(console, "evaluating") as on_progress:
         figures = measure(
             loaded,
