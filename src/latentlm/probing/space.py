@@ -77,10 +77,10 @@ class LatentSpace:
 
     def infer(self, texts: Texts) -> None:
         """Infers those texts that were not asked for before."""
-        missing = [place for place, key in enumerate(self._keys(texts)) if key not in self._known]
+        missing = {key: place for place, key in enumerate(self._keys(texts)) if key not in self._known}
         if not missing:
             return
-        unknown = texts.select(list(dict((self._keys(texts)[place], place) for place in missing).values()))
+        unknown = texts.select(list(missing.values()))
         with evaluating(self.model):
             encoding = encode(
                 self.model,
@@ -92,7 +92,7 @@ class LatentSpace:
                 seed=self.seed,
                 on_progress=self.on_progress,
             )
-        for row, key in enumerate(self._keys(unknown)):
+        for row, key in enumerate(missing):
             end = None if encoding.lengths is None else int(encoding.lengths[row])
             mean, variance = encoding.mean[row, :end], encoding.variance[row, :end]
             if not (np.isfinite(mean).all() and np.isfinite(variance).all()):
