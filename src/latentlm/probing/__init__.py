@@ -1,0 +1,1 @@
+"""Looking into latents: what their dimensions and directions hold."""
