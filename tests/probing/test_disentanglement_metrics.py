@@ -71,7 +71,7 @@ def test_values_are_names_and_not_numbers():
 
 def test_a_rotated_code_knows_as_much_and_is_not_disentangled():
     factors = crossed((4, 4), each=100)
-    aligned = factors + 0.4 * noise(len(factors), 2)
+    aligned = factors + 0.3 * noise(len(factors), 2)
     rotated = aligned @ np.array([[1, 1], [1, -1]]) / math.sqrt(2)
     before, after = every_score(aligned, factors), every_score(rotated, factors)
     assert after["informativeness"] == pytest.approx(before["informativeness"], abs=0.02)
@@ -116,8 +116,16 @@ def test_order_sign_scale_and_origin_of_dimensions_say_nothing():
     before, after = every_score(codes, factors), every_score(changed, factors)
     for exact in ("z_min_var", "mig", "modularity", "sap"):
         assert after.pop(exact) == pytest.approx(before.pop(exact), abs=1e-9)
-    # within the tolerance of the solver; trees draw other thresholds
-    assert after == pytest.approx(before, abs=0.01)
+    for by_trees in ("disentanglement", "completeness"):  # which draw other thresholds
+        assert after.pop(by_trees) == pytest.approx(before.pop(by_trees), abs=0.05)
+    # within the tolerance of the solver
+    assert after == pytest.approx(before, abs=2e-3)
+
+
+def test_scale_and_origin_leave_the_trees_as_they_are():
+    factors = crossed(each=40)
+    codes = factors + 0.3 * noise(len(factors), 3)
+    assert dci(codes * [0.01, 30, 1e3] + [5, -2, 100], factors) == pytest.approx(dci(codes, factors), abs=1e-3)
 
 
 def test_a_dimension_twice_ends_completeness_and_the_gap_but_not_disentanglement():

@@ -36,8 +36,8 @@ from latentlm.probing.factors import enough_factors, group_of_each, halves, pool
 BINS = 20
 #: pairs or texts in a point of z_diff and z_min_var, and points of each half, shared out evenly to the factors
 POINT_SIZE, POINTS = 64, 1000
-#: of the trees behind the importances of `dci`
-TREES, TREE_DEPTH = 6, 8
+#: of the trees behind the importances of `dci`; the least leaf is a share of the texts that they see
+TREES, TREE_DEPTH, LEAST_LEAF = 8, 8, 0.01
 
 
 def z_diff(codes: Float[np.ndarray, "N d"], factors: Int[np.ndarray, "_ f"], seed: int = 0) -> float:
@@ -182,10 +182,10 @@ def dci(codes: Float[np.ndarray, "N d"], factors: Int[np.ndarray, "_ f"], seed: 
     exchanged. Informativeness is held-out accuracy.
 
     The importances are those of `TREES` extremely randomised trees that look at every dimension at each split.
-    Gradient boosting, the reference, takes minutes for what these do in seconds, and where trees look at some
-    dimensions alone, they split by whatever they are given and no code comes near 1. Lasso, the paper's other choice,
-    is linear, and so blind to the middle of three values on one axis. Informativeness is read by logistic regression
-    rather than by the trees: those lose with every rotation of a code, and so would measure its axes again.
+    Gradient boosting, the reference, takes minutes for what these do in seconds. Trees that look at some dimensions
+    alone split by whatever they are given, and deep ones by noise, so that no code would come near 1. Lasso, of the
+    paper, is linear, and so blind to the middle of three values on one axis. Informativeness is read by logistic
+    regression rather than by the trees: those lose with every rotation of a code, and so would measure its axes again.
 
     Args, Raises: as `z_diff`.
 
@@ -203,7 +203,9 @@ def _from_importances(
     importances = []
     for values in factors.T:
         fitted, _ = halves(values, rng)
-        trees = ExtraTreesClassifier(TREES, max_features=None, max_depth=TREE_DEPTH, random_state=seed)
+        trees = ExtraTreesClassifier(
+            TREES, max_features=None, max_depth=TREE_DEPTH, min_samples_leaf=LEAST_LEAF, random_state=seed
+        )
         importances.append(trees.fit(codes[fitted], values[fitted]).feature_importances_)
     importance = np.stack(importances, axis=1)
     return {"disentanglement": _concentration(importance), "completeness": _concentration(importance.T)}
