@@ -102,11 +102,20 @@ def test_noise_is_at_the_floor():
     assert max(scores[name] for name in ("disentanglement", "completeness")) < 0.2
 
 
-def test_noise_is_not_worse_than_chance():
-    """It is where a classifier learns how a half differs from the whole, in which the other half is its opposite."""
+def test_noise_is_neither_better_nor_worse_than_chance():
+    """Better where votes are counted that were learnt from; worse where a classifier learns how a half differs from the
+    whole, in which the other half is its opposite."""
     factors = np.random.default_rng(1).integers(0, 4, (4000, 8))
     codes = noise(len(factors), 64)
-    assert np.mean([z_diff(codes, factors, seed) for seed in range(4)]) == pytest.approx(1 / 8, abs=0.02)
+    for score in (z_diff, z_min_var):
+        assert np.mean([score(codes, factors, seed) for seed in range(4)]) == pytest.approx(1 / 8, abs=0.02)
+
+
+def test_the_two_of_a_pair_are_different_texts():
+    """One text twice is 0 apart, which would tell values that few texts share, as of the first factor here."""
+    factors = np.stack([np.arange(2000) // 4, np.arange(2000) % 2], axis=1)
+    # the s.d. over seeds is 0.037, as the pairs are few: three times that of a mean of eight
+    assert np.mean([z_diff(noise(2000, 8), factors, seed) for seed in range(8)]) == pytest.approx(1 / 2, abs=0.04)
 
 
 def test_order_sign_scale_and_origin_of_dimensions_say_nothing():
@@ -144,6 +153,7 @@ def test_a_dimension_that_does_not_vary_changes_nothing():
     factors = crossed()
     codes = factors + 0.3 * noise(len(factors), 3)
     constant = np.full((len(factors), 1), 0.1, dtype=np.float32)
+    constant[::3] = np.nextafter(constant[::3], np.float32(1))  # but for rounding
     assert every_score(np.hstack([constant, codes, -3 * constant]), factors) == every_score(codes, factors)
 
 
@@ -197,6 +207,8 @@ def test_information_is_that_of_scikit_learn_on_bins_made_by_loops():
         known = values != -1
         assert information[row, column] == pytest.approx(mutual_info_score(bins[known], values[known]), abs=1e-12)
         assert entropies[column] == pytest.approx(mutual_info_score(values[known], values[known]), abs=1e-12)
+    first, second = (sorted(column)[-1] - sorted(column)[-2] for column in information.T)
+    assert mig(codes, factors) == pytest.approx((first / entropies[0] + second / entropies[1]) / 2, abs=1e-12)
 
 
 def test_an_outlier_and_an_increasing_map_leave_the_information_alone():
@@ -312,6 +324,7 @@ def test_halves_hold_every_known_text_once_and_every_value_evenly():
     values = np.array([-1, 2, 0, 0, 1, 0, 0, -1, 1, 1, 1, 2, 2, 2, 2])
     one, other = halves(values, np.random.default_rng(0))
     assert sorted([*one, *other]) == [i for i, value in enumerate(values) if value >= 0]
+    assert any(set(one) != set(halves(values, np.random.default_rng(seed))[0]) for seed in (1, 2))
     assert values[one].tolist() == [0, 0, 1, 1, 2, 2, 2]
     assert values[other].tolist() == [0, 0, 1, 1, 2, 2]
 
@@ -365,6 +378,16 @@ def test_shuffled_factors_are_other_rows_for_each_seed():
     table = disentanglement(codes, factors)
     spread = table.set_index(["metric", "code"])["sd"]
     assert spread["mig", "model"] == 0 < spread["mig", "factors shuffled"]
+
+
+def test_an_unknown_value_is_in_the_middle_of_the_factors_as_a_code():
+    """Of thirds 0, 1 and unknown, beside whether it is known: three places, so that the first dimension knows both."""
+    first = np.arange(300) % 3
+    factors = np.stack([np.where(first == 2, -1, first), first == 2], axis=1).astype(int)
+    table = disentanglement(noise(300, 2), factors, seeds=(0,)).set_index(["metric", "code"])["mean"]
+    of_first, of_second = math.log(2), math.log(3) - 2 / 3 * math.log(2)
+    expected = (1 - (of_second / of_first) ** 2 + 1) / 2
+    assert table["modularity", "factors as code"] == pytest.approx(expected, abs=1e-9)
 
 
 def test_words_may_be_sparse():
