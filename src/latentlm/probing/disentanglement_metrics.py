@@ -7,7 +7,7 @@ values (its tense, its number of arguments). N texts, d dimensions, f factors. W
   texts share, as it cannot be in both halves of a split twice.
 - Dimensions that do not vary are left out of the code, so that they change no score, and the others are standardised
   over all texts. No score depends on the scale or the origin of a dimension.
-- What is fitted sees one half of the texts, drawn within each value of the factor, and is scored on the other half.
+- What is fitted sees one random half of the texts and is scored on the other half.
 
 Scores lie between 0 and 1, higher is better, but none of them is 0 for a code that says nothing, or 1 wherever factors
 depend on each other: read them beside the floors and the ceiling of `disentanglement`. Locatello et al. 2019
@@ -41,7 +41,7 @@ TREES, TREE_DEPTH, LEAST_LEAF = 8, 8, 0.01
 
 
 def z_diff(codes: Float[np.ndarray, "N d"], factors: Int[np.ndarray, "_ f"], seed: int = 0) -> float:
-    """The β-VAE metric (Higgins et al. 2017, section 3): which factor do two texts share, by how far apart they are?
+    """The β-VAE metric (Higgins et al. 2017): which factor do two texts share, by how far apart they are?
 
     A point is the mean of |z_1 − z_2| over `POINT_SIZE` pairs of texts, the two of a pair sharing their value of one
     factor; a linear classifier (multinomial logistic regression) tells which factor it was. A value is drawn as often
@@ -78,7 +78,7 @@ def z_diff(codes: Float[np.ndarray, "N d"], factors: Int[np.ndarray, "_ f"], see
 
 
 def z_min_var(codes: Float[np.ndarray, "N d"], factors: Int[np.ndarray, "_ f"], seed: int = 0) -> float:
-    """The FactorVAE metric (Kim and Mnih 2018, section 4): the dimension that varies least tells the factor held fixed.
+    """The FactorVAE metric (Kim and Mnih 2018): the dimension that varies least tells the factor held fixed.
 
     A vote is the dimension of least variance, relative to its variance over all texts, among `POINT_SIZE` texts (drawn
     with replacement) that share their value of one factor. Each dimension stands for the factor with most of its votes
@@ -134,7 +134,7 @@ def mutual_information(
 
 
 def mig(codes: Float[np.ndarray, "N d"], factors: Int[np.ndarray, "_ f"]) -> float:
-    """The mutual information gap (Chen et al. 2018, arXiv 1802.04942, section 4.1).
+    """The mutual information gap (Chen et al. 2018, arXiv 1802.04942).
 
     The mean over factors of [I(z_(1); v) − I(z_(2); v)] / H(v), z_(1) and z_(2) the two dimensions that know most of v.
     As in disentanglement_lib, z is the given code and `mutual_information` is counted, where the paper integrates over
