@@ -49,7 +49,7 @@ def representation(space: LatentSpace, texts: Texts, *, most: int = 1000, seed: 
             "layer": name,
             "latent": cka(codes, state),
             "latent, another text's z": cka(codes, other_state),
-            "another text's z": cka(codes[partner], other_state),
+            "given latent, another text's z": cka(codes[partner], other_state),
             "latent, shuffled": cka(codes[shuffled], state),
         }
         if encoder is not None:
@@ -149,7 +149,7 @@ def _about(space: LatentSpace, own: Scored, has_encoder: bool, texts: int, seed:
         parts.append("The encoder is what q is made of, before its maps to mean and variance.")
     parts.append(
         "“latent, another text's z” compares the text's own latent with layers that were given another's: what of the "
-        "likeness comes from the text that the decoder reads; “another text's z” compares those layers with the "
+        "likeness comes from the text that the decoder reads; “given latent, another text's z” compares those layers with the "
         f"latent that they were given: what comes through z alone. Shuffled: of texts paired at random, seed {seed}; "
         "the biased CKA, in the details, is above 0 even then."
     )
@@ -168,10 +168,9 @@ def _about(space: LatentSpace, own: Scored, has_encoder: bool, texts: int, seed:
 
 
 def _panels(table: pd.DataFrame, pairs: pd.DataFrame, effect: pd.DataFrame, names: Sequence[str]) -> list[Draw]:
-    layers = table[table["layer"] != "the latent itself"]
-    places = range(len(layers))
-
     def lines(panel: Any, styles: dict[str, str], title: str, ylabel: str) -> None:
+        layers = table[table[next(iter(styles))].notna()]
+        places = range(len(layers))
         for column, style in styles.items():
             if column in layers:
                 panel.plot(places, layers[column], style, label=column)
@@ -183,7 +182,7 @@ def _panels(table: pd.DataFrame, pairs: pd.DataFrame, effect: pd.DataFrame, name
         styles = {
             "latent": "C0o-",
             "latent, another text's z": "C0o--",
-            "another text's z": "C2s-",
+            "given latent, another text's z": "C2s-",
             "latent, shuffled": "C0:",
             "encoder": "C1o-",
             "encoder, another text's z": "C1o--",
