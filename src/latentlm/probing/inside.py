@@ -31,7 +31,7 @@ _OUTPUT_OF_ENCODER = {LangVAE: "encoder.norm", GPTVAE: "encoder.mean", GPVAE: "e
 _WATCHED = "latentlm_watched"
 
 
-def others(means: Sequence[Float[np.ndarray, " *event"]]) -> Int64[np.ndarray, " texts"]:
+def others(means: Sequence[Float[np.ndarray, "..."]]) -> Int64[np.ndarray, " texts"]:
     """For each text the row of another whose latent fits it: the one N/2 further on, of a trajectory of those that are
     as long; −1 where there is none.
     """
@@ -44,7 +44,7 @@ def others(means: Sequence[Float[np.ndarray, " *event"]]) -> Int64[np.ndarray, "
     return found
 
 
-def prior_means(space: LatentSpace, means: Sequence[Float[np.ndarray, " *event"]]) -> list[np.ndarray]:
+def prior_means(space: LatentSpace, means: Sequence[Float[np.ndarray, "..."]]) -> list[np.ndarray]:
     """The mean of p(z) in the shape of each latent."""
     with torch.no_grad():
         of_length = {
@@ -77,7 +77,7 @@ class Scored:
 
 @torch.no_grad()
 def score(
-    space: LatentSpace, texts: Texts, latents: Sequence[Float[np.ndarray, " *event"]], *, watch: bool = False
+    space: LatentSpace, texts: Texts, latents: Sequence[Float[np.ndarray, "..."]], *, watch: bool = False
 ) -> Scored:
     """−log p(x | z) of each text given a latent for each: a reconstruction if the latent is of the text, no bound.
 

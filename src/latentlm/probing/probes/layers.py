@@ -221,12 +221,15 @@ def _panels(table: pd.DataFrame) -> list[Draw]:
 
 def _factor_panel(found: pd.DataFrame, names: Sequence[str]) -> Draw:
     def draw(panel: Any) -> None:
-        for number, (factor, rows) in enumerate(found.groupby("factor", sort=False)):
-            rows = rows.set_index("layer").loc[list(names)]
-            panel.plot(range(len(names)), rows["accuracy"], f"C{number % 10}o-", label=factor)
-            panel.plot(range(len(names)), rows["majority"], f"C{number % 10}:")
+        above = found.assign(above=found["accuracy"] - found["majority"])
+        grid = above.pivot(index="factor", columns="layer", values="above").loc[found["factor"].unique(), list(names)]
+        largest = max(float(np.nanmax(np.abs(grid.to_numpy()), initial=0)), 0.01)
+        panel.imshow(grid, vmin=-largest, vmax=largest, cmap="PuOr", aspect="auto")
         panel.set_xticks(range(len(names)), names)
-        panel.set(title="Factors, held-out accuracy (dotted: majority)", ylabel="accuracy", ylim=(0, 1.02))
-        panel.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+        panel.set_yticks(range(len(grid)), grid.index, fontsize=8)
+        for row, values in enumerate(grid.to_numpy()):
+            for column, value in enumerate(values):
+                panel.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize=7)
+        panel.set(title="Factors: held-out accuracy above the majority's share")
 
     return draw

@@ -139,7 +139,7 @@ def of_blocks(
         f"what does not hold. Seed {seed}."
     )
     details = {"autocorrelation": near, "power by octave": by_octave, "told of tokens": ahead}
-    panels = _panels(near, names, power["mean"][:, order], ahead)
+    panels = _panels(near, names, power["mean"][:, order], order, ahead)
     return ProbeResult("trajectory", about, table, details, panels)
 
 
@@ -294,7 +294,9 @@ def _ahead(blocks: Tensor, means: Tensor, frequent: int, seed: int) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def _panels(near: pd.DataFrame, names: Sequence[str], power: Tensor, ahead: pd.DataFrame) -> list[Draw]:
+def _panels(
+    near: pd.DataFrame, names: Sequence[str], power: Tensor, order: Sequence[int], ahead: pd.DataFrame
+) -> list[Draw]:
     def correlations(panel: Any) -> None:
         for name, style in (("prior", "k-"), ("z ~ q", "C0o-"), ("mean of q", "C1.--")):
             panel.plot(range(len(near)), near[name], style, label=name)
@@ -305,6 +307,8 @@ def _panels(near: pd.DataFrame, names: Sequence[str], power: Tensor, ahead: pd.D
     def periods(panel: Any) -> None:
         image = panel.imshow(power.T.clamp_min(1e-4).log10(), aspect="auto", cmap="viridis")
         panel.set_xticks(range(len(names)), names, rotation=45)
+        if len(order) <= 32:
+            panel.set_yticks(range(len(order)), order, fontsize=8)
         panel.set(xlabel="period, tokens", ylabel="dimension, by KL")
         panel.set_title("Power of the mean, log10 of prior variance")
         panel.figure.colorbar(image, ax=panel)
