@@ -22,9 +22,10 @@ def some_texts(number: int, *, least: int = 1, most: int = 7, seed: int = 0, lab
     """Random texts of so many words, and two factors of them: the first word's parity, and how many there are."""
     generator = random.Random(seed)
     words = [[generator.randint(3, 22) for _ in range(generator.randint(least, most))] for _ in range(number)]
-    factors = {"parity": [("even", "odd")[row[0] % 2] if row else None for row in words], "words": list(map(len, words))}
+    parity = [("even", "odd")[row[0] % 2] if row else None for row in words]
+    factors = {"parity": parity, "words": [str(len(row)) for row in words]}
     return Texts(
         tuple(" ".join(f"w{word}" for word in row) for row in words),
         tuple(tuple(generator.choice(LABELS) for _ in row) for row in words) if labels else None,
-        pd.DataFrame(factors).astype({"words": str}),
+        pd.DataFrame(factors),
     )

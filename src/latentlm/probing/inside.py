@@ -1,4 +1,4 @@
-"""What a decoder computes while it scores texts given latents: log-likelihoods, states of its layers, and where it looks.
+"""What a decoder computes while it scores texts given latents: likelihoods, states of its layers, and where it looks.
 
 Texts are scored as everywhere, in batches; hooks and an attention function that also takes notes are in place meanwhile
 and gone afterwards, so that what is fast stays as it is.
@@ -57,9 +57,9 @@ def prior_means(space: LatentSpace, means: Sequence[Float[np.ndarray, "..."]]) -
 class Scored:
     """Of each text: −log p(x | z) in nats, and its scored tokens; and what was watched.
 
-    `states` [texts, width] are of the layers in `layers`, the mean over the positions that foretell a token; `attention`
-    [texts, attention layers] is the share that falls on latents, the mean over heads and those positions, and `uniform`
-    what it would be if each position looked at all that it sees alike.
+    `states` [texts, width] are of the layers in `layers`, the mean over the positions that foretell a token;
+    `attention` [texts, attention layers] is the share that falls on latents, the mean over heads and those positions,
+    and `uniform` what it would be if each position looked at all that it sees alike.
     """
 
     nats: Float[np.ndarray, " texts"]
@@ -268,17 +268,19 @@ def _attending(model: Any, notes: _Notes) -> Iterator[None]:
         yield
 
 
-def _taps(model: Any) -> list[tuple[nn.Module, str]]:
+def _taps(model: LatentLM) -> list[tuple[nn.Module, str]]:
     """Where states are had: what goes into the first layer, and what comes out of each."""
-    if isinstance(model, GPVAE) and model.config.decoder_type == "convolution":
-        # a layer ends in a sum that no module computes, and what is next begins with it
-        return [*((norm, "input") for norm in model.decoder.norms), (model.decoder, "output")]
     if isinstance(model, GPVAE):
-        layers = list(model.decoder.transformer.layers)
+        decoder: Any = model.decoder
+        if model.config.decoder_type == "convolution":
+            # a layer ends in a sum that no module computes, and what is next begins with it
+            return [*((norm, "input") for norm in decoder.norms), (decoder, "output")]
+        layers = list(decoder.transformer.layers)
     elif isinstance(model, HostedLM):
         layers = [one for one in model.language_model.modules() if isinstance(one, GradientCheckpointingLayer)]
     else:
-        layers = list(getattr(model, "layers", ()))
+        known: Any = getattr(model, "layers", ())
+        layers = list(known)
     if not layers or not all(isinstance(layer, nn.Module) for layer in layers):
         raise InputError(f"the layers of a {type(model).__name__}'s decoder are not known: it needs model.layers.")
     return [(layers[0], "input"), *((layer, "output") for layer in layers)]

@@ -137,7 +137,8 @@ def test_attention_on_slots_is_that_of_a_softmax_by_hand(variant):
         keys, _ = model.injection(z)
         for place, (block, x) in enumerate(zip(blocks, states, strict=True)):
             query, key, _ = (
-                part.unflatten(-1, (2, -1)).transpose(1, 2)[0] for part in block.attn.c_attn(block.ln_1(x)).split(16, -1)
+                part.unflatten(-1, (2, -1)).transpose(1, 2)[0]
+                for part in block.attn.c_attn(block.ln_1(x)).split(16, -1)
             )
             shares, alike = [], []
             for t in range(x.shape[1]):
@@ -321,13 +322,12 @@ def test_a_model_whose_layers_are_not_known_is_refused():
 
 def test_the_command_leaves_table_and_picture(tmp_path):
     with unchecked():
-        status, _, err = run("probe", "representation", str(trained("gpt_vae")), "--data", "builtin:sentences", "--limit",
-                             "20", "--most", "10", "--output", str(tmp_path / "out"))  # fmt: skip
+        asked = ["probe", "representation", str(trained("gpt_vae")), "--data", "builtin:sentences"]
+        status, _, err = run(*asked, "--limit", "20", "--most", "10", "--output", str(tmp_path / "out"))
         assert status in (0, None), err
         found = json.loads((tmp_path / "out" / "representation.json").read_text())
         assert {row["layer"] for row in found["table"]} == {"the latent itself", "input", "layer 1", "layer 2"}
         assert len(found["effect of z"]) == 3
         assert (tmp_path / "out" / "representation.png").stat().st_size > 10_000
-        status, _, err = run("probe", "representation", str(trained("gpt_vae")), "--data", "builtin:sentences", "--limit",
-                             "3")  # fmt: skip
+        status, _, err = run(*asked, "--limit", "3")
     assert_one_sentence(status, err)

@@ -86,11 +86,11 @@ def layers(
     )
     if chosen:
         about += (
-            f" Factors, the mean of {len(chosen)}, and each in the details: accuracy of a logistic regression on the mean "
-            "over a layer's latents (all: over all latents) in prior standard deviations and not scaled again, so that "
-            f"what lies far within the noise of z tells nothing; fitted to two thirds of {len(texts):,} texts and asked of "
-            "the rest; beside the share of the most frequent value (floor) and the same regression on values shuffled "
-            f"among the texts (control). Only the 12 most frequent values count. Seed {seed}."
+            f" Factors, the mean of {len(chosen)}, and each in the details: accuracy of a logistic regression on the "
+            "mean over a layer's latents (all: over all latents) in prior standard deviations and not scaled again, so "
+            f"that what lies far within the noise of z tells nothing; fitted to two thirds of {len(texts):,} texts and "
+            "asked of the rest; beside the share of the most frequent value (floor) and the same regression on values "
+            f"shuffled among the texts (control). Only the 12 most frequent values count. Seed {seed}."
         )
     return ProbeResult("layers", about, table, details, panels)
 

@@ -80,10 +80,10 @@ def cka(
     """Linear centred kernel alignment of two representations of the same texts: 0 unrelated, 1 equal up to rotation and
     scale.
 
-    HSIC(X, Y) ÷ √(HSIC(X, X) HSIC(Y, Y)) with K = X Xᵀ (Kornblith et al. 2019, arXiv 1905.00414, equations 1 and 3). The
-    biased HSIC, |Yᵀ X|² of centred columns, grows with the number of columns beside that of texts; the debiased is
-    the unbiased estimate of Song et al. 2012, section 2.3, with which CKA of independent representations is 0 on average
-    and may be negative.
+    HSIC(X, Y) ÷ √(HSIC(X, X) HSIC(Y, Y)) with K = X Xᵀ (Kornblith et al. 2019, arXiv 1905.00414, section 3). The biased
+    HSIC, |Yᵀ X|² of centred columns, grows with the number of columns beside that of texts; the debiased is the
+    unbiased estimate of Song et al. 2012 (JMLR 13; for CKA: Nguyen et al. 2021, arXiv 2010.15327, section 3), with
+    which independent representations have a CKA of about 0, which may be negative.
 
     Returns:
         NaN where a representation is the same for all texts, or says so little that its own estimate is not above 0.
@@ -110,7 +110,10 @@ def _prepared(features: Float[np.ndarray, "texts width"]) -> Float[np.ndarray, "
     if size <= 1e-7 * np.abs(features).max(initial=0.0):
         return np.zeros((len(features), 1))
     centred = centred / size
-    return np.linalg.qr(centred.T, mode="r").T if centred.shape[1] > len(centred) else centred
+    if centred.shape[1] <= len(centred):
+        return centred
+    triangle: Any = np.linalg.qr(centred.T, mode="r")
+    return triangle.T
 
 
 def _hsic(x: Float[np.ndarray, "texts first"], y: Float[np.ndarray, "texts second"], debiased: bool) -> float:
@@ -138,20 +141,21 @@ def _pairs(parts: dict[str, np.ndarray], shuffled: np.ndarray) -> pd.DataFrame:
 
 
 def _about(space: LatentSpace, own: Scored, has_encoder: bool, texts: int, seed: int) -> str:
+    fitting = " of its length" if space.model.latent_per_token else ""
     parts = [
-        f"{texts:,} texts, each scored given the mean of its own q(z | x), and given that of another text (the one half "
-        "the texts further on" + (" of its length" if space.model.latent_per_token else "") + "). Figures of layers are "
-        "linear CKA, debiased (Kornblith et al. 2019; Song et al. 2012): 1 for the same up to rotation and scale, about "
-        "0 for unrelated. A layer is the mean of its states over the positions that foretell a token; input is what "
-        f"the first layer reads; the latent is {space.view}."
+        f"{texts:,} texts, each scored given the mean of its own q(z | x), and given that of another text{fitting} ("
+        "the one that stands half of them further on). Figures of layers are linear CKA, debiased (Kornblith et al. "
+        "2019; Song et al. 2012): 1 for the same up to rotation and scale, about 0 for unrelated. A layer is the mean of its "
+        "states over the positions that foretell a token; input is what the first layer reads; the latent is "
+        f"{space.view}."
     ]
     if has_encoder:
         parts.append("The encoder is what q is made of, before its maps to mean and variance.")
     parts.append(
         "“latent, another text's z” compares the text's own latent with layers that were given another's: what of the "
-        "likeness comes from the text that the decoder reads; “given latent, another text's z” compares those layers with the "
-        f"latent that they were given: what comes through z alone. Shuffled: of texts paired at random, seed {seed}; "
-        "the biased CKA, in the details, is above 0 even then."
+        "likeness comes from the text that the decoder reads; “given latent, another text's z” compares those layers "
+        "with the latent that they were given: what comes through z alone. Shuffled: of texts paired at random, seed "
+        f"{seed}; the biased CKA, in the details, is above 0 even then."
     )
     if own.attention is not None:
         parts.append(

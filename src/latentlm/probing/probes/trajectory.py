@@ -133,10 +133,10 @@ def of_blocks(
         "z ~ q(z | x) of each text, beside that of the prior's kernel: where all texts' posteriors together are the "
         "prior, they agree. Power: mean square over texts and times as a share of the prior's variance, in octaves of "
         "the period in tokens; of the posterior mean, of the sample, and what the prior has. Told: nats of the "
-        f"token at t + k (the {frequent} most frequent, and all others as one) that a linear softmax fitted to {fitted:,} "
-        f"texts tells of the other {number - fitted:,}, beyond the tokens' frequencies: of the mean of q(z_t | x), of "
-        "the mean of all the text's other z, and (control) of the z_t of a text at random; below 0 where it learned "
-        f"what does not hold. Seed {seed}."
+        f"token at t + k (the {frequent} most frequent, and all others as one) that a linear softmax fitted to "
+        f"{fitted:,} texts tells of the other {number - fitted:,}, beyond the tokens' frequencies: of the mean of "
+        "q(z_t | x), of the mean of all the text's other z, and (control) of the z_t of a text at random; below 0 "
+        f"where it learned what does not hold. Seed {seed}."
     )
     details = {"autocorrelation": near, "power by octave": by_octave, "told of tokens": ahead}
     panels = _panels(near, names, power["mean"][:, order], order, ahead)
@@ -158,11 +158,11 @@ def prior_autocorrelation(prior: GaussianProcess, lags: Sequence[int]) -> Float6
 
 
 def _covariances(prior: GaussianProcess, lags: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """k(lag) [dim, lags] and nugget [dim]."""
+    """k(lag) [dim, lags] and nugget [dim], without gradients."""
     at = torch.tensor(lags, dtype=torch.float64, device=prior.times.device)
     each = prior.dim // prior.groups
     kernel = prior.kernel(at).expand(prior.groups, -1).repeat_interleave(each, 0)
-    return kernel.cpu(), prior.nugget.expand(prior.groups).repeat_interleave(each).cpu()
+    return kernel.detach().cpu(), prior.nugget.detach().expand(prior.groups).repeat_interleave(each).cpu()
 
 
 def octaves(z: Float[Tensor, "texts time dim"]) -> tuple[list[str], Float[Tensor, "octaves dim"]]:
@@ -203,8 +203,8 @@ def _octaves(power: Float[Tensor, "frequencies dim"], times: int) -> tuple[list[
 def told(
     features: Float[Tensor, "texts time width"], tokens: Int64[Tensor, "texts time"], classes: int, fitted: int
 ) -> float:
-    """Nats of a token that a linear softmax of features tells, on the texts after the first `fitted`: how much its NLL is
-    below that of the fitted texts' frequencies (each counted once more than it is).
+    """Nats of a token that a linear softmax of features tells, on the texts after the first `fitted`: how much its NLL
+    is below that of the fitted texts' frequencies (each counted once more than it is).
     """
     x, split = features.detach().float().flatten(0, 1), fitted * features.shape[1]
     y = tokens.flatten()
@@ -254,7 +254,7 @@ def _by_dimension(
     scales = torch.full((1,), float("nan")) if scale is None else scale.detach().cpu().double().exp()
     scales = scales.expand(prior.groups).repeat_interleave(each)
     _, nugget = _covariances(prior, [0])
-    variance, kl = prior.variance[0, 0].cpu(), found.kl.mean(0)
+    variance, kl = prior.variance[0, 0].detach().cpu(), found.kl.mean(0)
     rows = []
     for place in order:
         row = {
