@@ -32,6 +32,7 @@ def main() -> None:
     for table in (result.table, *result.details.values()):
         print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
     if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
         result.save(options.output)
 
 

@@ -145,8 +145,8 @@ def _about(space: LatentSpace, own: Scored, has_encoder: bool, texts: int, seed:
     parts = [
         f"{texts:,} texts, each scored given the mean of its own q(z | x), and given that of another text{fitting} ("
         "the one that stands half of them further on). Figures of layers are linear CKA, debiased (Kornblith et al. "
-        "2019; Song et al. 2012): 1 for the same up to rotation and scale, about 0 for unrelated. A layer is the mean of its "
-        "states over the positions that foretell a token; input is what the first layer reads; the latent is "
+        "2019; Song et al. 2012): 1 for the same up to rotation and scale, about 0 for unrelated. A layer is the mean "
+        "of its states over the positions that foretell a token; input is what the first layer reads; the latent is "
         f"{space.view}."
     ]
     if has_encoder:
