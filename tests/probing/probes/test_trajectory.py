@@ -129,6 +129,22 @@ def test_told_is_all_of_what_is_there_and_nothing_of_noise():
     assert told(torch.randn(200, 5, 3), tokens, 6, 130) < 0.01
 
 
+@pytest.mark.parametrize("ahead", [-2, 0, 1])
+def test_what_z_knows_of_the_token_k_places_on_is_found_there(ahead):
+    from latentlm.probing.probes.trajectory import _ahead
+
+    blocks = torch.randint(6, (150, 11), generator=torch.Generator().manual_seed(0))
+    means = torch.nn.functional.one_hot(blocks[:, 1:].roll(-ahead, 1), 6).float()
+    found = _ahead(blocks, means, frequent=6, seed=0).set_index("k")
+    assert found.index.tolist() == [-2, -1, 0, 1, 2]
+    assert found.loc[ahead, "of z_t"] == pytest.approx(math.log(6), abs=0.05)
+    assert found["of z_t"].drop(ahead).max() < 0.02
+    assert found["of another text's z_t"].max() < 0.02
+    # of a token of which one in six is told apart, the rest being one
+    rest = _ahead(blocks, means, frequent=1, seed=0).set_index("k").loc[ahead, "of z_t"]
+    assert rest == pytest.approx(math.log(6) / 6 + 5 / 6 * math.log(6 / 5), abs=0.1)
+
+
 # ---- texts of one length ---------------------------------------------------------------------------------------------
 
 

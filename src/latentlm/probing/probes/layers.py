@@ -224,7 +224,7 @@ def _factor_panel(found: pd.DataFrame, names: Sequence[str]) -> Draw:
         above = found.assign(above=found["accuracy"] - found["majority"])
         grid = above.pivot(index="factor", columns="layer", values="above").loc[found["factor"].unique(), list(names)]
         largest = max(float(np.nanmax(np.abs(grid.to_numpy()), initial=0)), 0.01)
-        panel.imshow(grid, vmin=-largest, vmax=largest, cmap="PuOr", aspect="auto")
+        panel.imshow(grid, vmin=-2 * largest, vmax=2 * largest, cmap="PuOr", aspect="auto")  # pale enough to read on
         panel.set_xticks(range(len(names)), names)
         panel.set_yticks(range(len(grid)), grid.index, fontsize=8)
         for row, values in enumerate(grid.to_numpy()):
