@@ -112,10 +112,10 @@ class ProbeResult:
         rows = -(-len(draws) // columns)
         figure = Figure(figsize=(6.4 * columns, 4.4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(rows, columns, squeeze=False).flat
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         for panel, draw in zip(panels, draws, strict=False):
             draw(panel)
-        for panel in list(panels)[len(draws) :]:
+        for panel in panels[len(draws) :]:
             panel.remove()
         return figure
 

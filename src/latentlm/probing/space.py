@@ -140,7 +140,7 @@ class LatentSpace:
 
     def write(
         self,
-        latents: Sequence[Float[np.ndarray, " *event"]],
+        latents: Sequence[Float[np.ndarray, "..."]],
         labels: Sequence[Sequence[str]] | None = None,
         max_new_tokens: int | None = None,
     ) -> list[str]:
