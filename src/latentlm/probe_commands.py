@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from latentlm.errors import InputError
 from latentlm.options import (
     DATA_HELP,
     Annotations,
@@ -56,8 +55,9 @@ def _all(
     Example: latentlm probe all runs/gpt-vae --data builtin:sentences --limit 2000 --output probes
     """
     from latentlm.probing import probe_all
+    from latentlm.probing.result import made_folder
 
-    _folder(output)
+    made_folder(output)
     with ExitStack() as stack:
         space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings, pool,
                               part, batch_size, seed)  # fmt: skip
@@ -72,6 +72,7 @@ def _all(
 def _command(name: str) -> Any:
     """The command of one probe."""
     from latentlm.probing import probe_named
+    from latentlm.probing.result import made_folder
 
     probe = probe_named(name)
     seeded = "seed" in inspect.signature(probe).parameters
@@ -94,7 +95,7 @@ def _command(name: str) -> Any:
         **of_probe: Any,
     ) -> None:
         if output is not None:
-            _folder(output)
+            made_folder(output)
         with ExitStack() as stack:
             space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings,
                                   pool, part, batch_size, seed)  # fmt: skip
@@ -193,13 +194,6 @@ def _space(
     by = sample_by or "line"
     texts = read_texts(data, column=column, sample_by=by, limit=limit, annotated=annotated, factors=factor_table)
     return space, texts
-
-
-def _folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be made a folder ({error.strerror}): name another.") from error
 
 
 def _say(text: str) -> None:

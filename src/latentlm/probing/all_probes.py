@@ -10,7 +10,7 @@ from latentlm.errors import InputError
 from latentlm.files import write_whole
 from latentlm.probing import probes
 from latentlm.probing.page import page
-from latentlm.probing.result import ProbeResult
+from latentlm.probing.result import ProbeResult, made_folder
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import Texts
 
@@ -59,7 +59,7 @@ def probe_all(
         except InputError as error:
             skipped[name] = str(error)
     if output is not None:
-        folder = Path(output)
+        folder = made_folder(output)
         for result in results:
             result.save(folder)
         write_whole(folder / "report.html", page(title or "Probes", results, _about(space, texts), skipped))

@@ -120,10 +120,13 @@ class ProbeResult:
         return figure
 
     def save(self, folder: str | Path) -> list[Path]:
-        """Writes NAME.json (everything), NAME.csv (the table), NAME-DETAIL.csv, NAME.html and, if any, NAME.png."""
+        """Writes NAME.json (everything), NAME.csv (the table), NAME-DETAIL.csv, NAME.html and, if any, NAME.png.
+
+        The folder is made if it is missing.
+        """
         from latentlm.probing.page import page
 
-        folder = Path(folder)
+        folder = made_folder(folder)
         written = [self._write(folder, ".json", json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False))]
         written.append(self._write(folder, ".csv", self.table.to_csv(index=False)))
         for name, rows in self.details.items():
@@ -161,6 +164,20 @@ class ProbeResult:
             more = f" (the first {_ROWS_SHOWN} of {len(rows):,} rows)" if len(rows) > _ROWS_SHOWN else ""
             parts.append(f"<details><summary>{html.escape(name)}{more}</summary>{_html_table(rows)}</details>")
         return "".join(parts) + "</section>"
+
+
+def made_folder(path: str | Path) -> Path:
+    """The folder, made if it is missing.
+
+    Raises:
+        InputError: it cannot be.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be made a folder ({error.strerror}): name another.") from error
+    return path
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -67,7 +67,8 @@ def test_some_factors_alone():
 @pytest.mark.parametrize("family", worlds.KINDS)
 def test_every_family(family, tmp_path):
     texts = worlds.words(40)
-    factors = pd.DataFrame({"length": [str(min(len(text.split()), 3)) for text in texts], "first": [text[:2] + str(len(text) % 2) for text in texts]})
+    lengths = [str(min(len(text.split()), 3)) for text in texts]
+    factors = pd.DataFrame({"length": lengths, "parity": [str(len(text) % 2) for text in texts]})
     result = disentanglement(worlds.space(family), Texts(texts, factors=factors), seeds=1)
     assert len(result.table) == 9 and result.table["model"].between(-1, 1).all()
     assert {path.name for path in result.save(tmp_path)} >= {"disentanglement.png", "disentanglement-scores.csv"}
