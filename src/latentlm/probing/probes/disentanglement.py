@@ -40,8 +40,8 @@ def disentanglement(
     columns = [name for code in shown for name in (code, f"{code}, s.d.")]
     about = (
         f"{len(texts):,} texts, {space.view}; factors: {', '.join(names)}, of each the 12 most frequent values. Scores "
-        f"are 0 to 1, higher is better; mean and s.d. over {seeds} seeds from {seed}, of splits and draws with the same "
-        "texts. Beside the model: the same with factors shuffled among the texts (a floor), principal components of a "
+        f"are 0 to 1, higher is better; mean and s.d. over {seeds} seeds from {seed}, of splits and draws with the "
+        "same texts. Beside the model: the same with factors shuffled among them (a floor), principal components of a "
         "bag of words with as many dimensions (a code without a model), and the factors themselves as code (a ceiling; "
         "below 1 where factors depend on each other)."
     )
