@@ -196,6 +196,23 @@ def test_a_new_evaluation_is_all_that_is_scored(folder, scored):
     assert len(rows) == 4
 
 
+def test_the_cores_are_divided_among_the_jobs_up_to_what_torch_takes(folder, monkeypatch, in_this_process):
+    given = []
+
+    def job(run, folder, trials, threads):
+        given.append(threads)
+        keep(folder, {trial.key: {"iw_nll_per_token": 1.0} for trial in trials})
+
+    monkeypatch.setattr(sweep_module, "_train_and_score", job)
+    monkeypatch.setattr(sweep_module.os, "cpu_count", lambda: 8)
+    sweep = loaded(folder, "recipe: ltm.yaml\nstudies: {s: {runs: {a: {}}}}")
+    # jobs, what OMP_NUM_THREADS has made torch take, what is asked for → what a job gets
+    for jobs, taken, asked, gets in ((2, 8, None, 4), (2, 1, None, 1), (1, 3, None, 3), (16, 8, None, 1), (2, 1, 5, 5)):
+        monkeypatch.setattr(sweep_module.torch, "get_num_threads", lambda taken=taken: taken)
+        run_sweep(sweep, folder / f"{jobs}-{taken}-{asked}", jobs=jobs, threads=asked)
+        assert given[-1] == gets
+
+
 def test_a_run_that_fails_leaves_the_others(folder, monkeypatch, in_this_process):
     def job(run, folder, trials, threads):
         if "beta=0.5" in folder.name:

@@ -300,14 +300,14 @@ def run_sweep(
 
     Args:
         jobs: runs at a time, each in a process of its own.
-        threads: of each; by default the cores are divided among the jobs.
+        threads: of each; by default the cores are divided among the jobs, and none gets more than OMP_NUM_THREADS says.
         on_failure: told of a run that failed; the others go on, and the trials of that one are left out.
     """
     cores = os.cpu_count() or 1
     if jobs > _JOBS_PER_CORE * cores:
         raise InputError(f"{jobs} jobs are too many for {cores} cores: give at most {_JOBS_PER_CORE * cores}.")
     output.mkdir(parents=True, exist_ok=True)
-    threads = threads or max(cores // jobs, 1)
+    threads = threads or max(min(cores // jobs, torch.get_num_threads()), 1)
     scores = {run: _scores(output / run.folder) for run in sweep.runs}
     wanted: dict[Run, dict[str, Trial]] = {}
     for trial in sweep.trials:
