@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from of_sweep import models
 
 import latentlm
 from latentlm.data import Annotated
@@ -27,7 +28,7 @@ SHOWN = ("z_diff", "mig", "dci_disentanglement", "dci_informativeness", "modular
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path)
-    parser.add_argument("--by", required=True)
+    parser.add_argument("--by", nargs="+", required=True, help="settings, the last of which is the picture's x")
     parser.add_argument("--data", required=True)
     parser.add_argument("--limit", type=int)
     parser.add_argument("--annotations", help="what separates a text from the labels of its words")
@@ -37,27 +38,28 @@ def main() -> None:
     annotated = None if given.annotations is None else Annotated(given.annotations)
     texts = read_texts(given.data, limit=given.limit, annotated=annotated)
     rows = []
-    for trained in json.loads((given.sweep / "studies.json").read_text(encoding="utf-8")):
-        model, tokenizer = latentlm.load(given.sweep / trained["folder"])
+    for settings, folder in models(given.sweep, given.by):
+        model, tokenizer = latentlm.load(folder)
+        figures = next(iter(json.loads((folder / "scores.json").read_text(encoding="utf-8")).values()))
         result = probe_named("disentanglement")(LatentSpace(model, tokenizer), texts, factors=given.factors, seeds=1)
         scores = result.table.set_index("metric")
         rows.append(
-            {"run": trained["run"], given.by: trained["settings"][given.by]}
-            | {name: trained.get(name) for name in OF_EVALUATION}
+            {name: "–" if value is None else value for name, value in settings.items()}
+            | {name: figures[name] for name in OF_EVALUATION}
             | scores["model"].to_dict()
             | {f"{name}, shuffled": value for name, value in scores["factors shuffled"].items()}
             | {f"{name}, PCA": value for name, value in scores.get("PCA", pd.Series(dtype=float)).items()}
         )
-        print(f"{trained['run']}, {given.by} = {trained['settings'][given.by]}: done", flush=True)
     table = pd.DataFrame(rows)
-    groups = table.groupby(["run", given.by])
+    groups = table.groupby(given.by)
     means, spreads, counts = groups.mean(), groups.std().fillna(0.0), groups.size()
     metrics = [name for name in scores.index if name in means]
-    print(f"| {given.by} | seeds | " + " | ".join((*OF_EVALUATION, *metrics)) + " |")
+    print(f"| {', '.join(given.by)} | seeds | " + " | ".join((*OF_EVALUATION, *metrics)) + " |")
     print("| --- |" + " ---: |" * (1 + len(OF_EVALUATION) + len(metrics)))
     for key in means.index:
         cells = [f"{means.loc[key, name]:.3f} ± {spreads.loc[key, name]:.3f}" for name in (*OF_EVALUATION, *metrics)]
-        print(f"| {', '.join(map(str, key))} | {counts[key]} | " + " | ".join(cells) + " |")
+        name = ", ".join(map(str, key)) if isinstance(key, tuple) else key
+        print(f"| {name} | {counts[key]} | " + " | ".join(cells) + " |")
     for control in ("shuffled", "PCA"):
         if f"{metrics[0]}, {control}" in table:
             cells = [f"{table[f'{name}, {control}'].mean():.3f}" for name in metrics]
@@ -65,13 +67,15 @@ def main() -> None:
     if given.plot is not None:
         figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
         for panel, name in zip(panels.flat, SHOWN, strict=True):
-            for run in means.index.levels[0]:
-                mean, spread = means.loc[run][name], spreads.loc[run][name]
-                panel.errorbar(mean.index.astype(str), mean, yerr=spread, marker="o", capsize=3, label=run)
+            rest, x = given.by[:-1], given.by[-1]
+            for key, mean in means[name].reset_index().groupby(rest) if rest else [((), means[name].reset_index())]:
+                spread = spreads[name].reset_index().loc[mean.index, name]
+                label = ", ".join(f"{of} {value}" for of, value in zip(rest, key, strict=True)) or "model"
+                panel.errorbar(mean[x].astype(str), mean[name], yerr=spread, marker="o", capsize=3, label=label)
             panel.axhline(table[f"{name}, shuffled"].mean(), color="grey", linestyle=":", label="factors shuffled")
             if f"{name}, PCA" in table:
                 panel.axhline(table[f"{name}, PCA"].mean(), color="grey", linestyle="--", label="PCA of words")
-            panel.set(title=name, xlabel=given.by.removeprefix("model."))
+            panel.set(title=name, xlabel=x.removeprefix("model."))
         panels.flat[0].legend(frameon=False, fontsize=7)
         figure.savefig(given.plot, dpi=110)
 

@@ -17,6 +17,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from of_sweep import models
 
 PANELS = {
     "eval_reconstruction_nll_per_token": "−log p(x | z), nats per token",
@@ -24,11 +25,13 @@ PANELS = {
 }
 
 
-def histories(folder: Path) -> dict[str, list[list[dict[str, Any]]]]:
+def histories(sweep: Path) -> dict[str, list[list[dict[str, Any]]]]:
     """Run → the log of each of its seeds."""
     found = defaultdict(list)
-    for row in json.loads((folder / "studies.json").read_text(encoding="utf-8")):
-        found[row["run"]].append(json.loads((folder / row["folder"] / "history.json").read_text(encoding="utf-8")))
+    for settings, folder in models(sweep, ["model.annotation_size", "model.lora_rank"]):
+        size, rank = settings.values()
+        name = ("roles" if size is None else "without roles") + (", frozen" if rank is None else f", LoRA {rank}")
+        found[name].append(json.loads((folder / "history.json").read_text(encoding="utf-8")))
     return found
 
 
