@@ -24,6 +24,7 @@ class Texts:
     Args:
         labels: annotations of each: a label for each of its words, or one for the text.
         factors: a row for each text, a column for each factor; its values are names, missing ones are unknown.
+        source: the data whose first documents they are, for what else stands in its rows.
 
     Raises:
         InputError: no text; labels or factors of another number of texts.
@@ -32,6 +33,7 @@ class Texts:
     texts: tuple[str, ...]
     labels: tuple[tuple[str, ...], ...] | None = None
     factors: pd.DataFrame | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if not self.texts:
@@ -61,7 +63,7 @@ class Texts:
             raise InputError(
                 f"{what} needs {number:,} texts, and there are {len(self):,}: ask for fewer, or give more."
             )
-        return self.select(range(number))
+        return replace(self.select(range(number)), source=self.source)
 
     def factor(self, name: str) -> pd.Series:
         """One factor's values.
@@ -118,7 +120,7 @@ def read_texts(
     labels = (
         tuple(document.annotations or () for document in documents) if any(d.annotations for d in documents) else None
     )
-    texts = Texts(tuple(document.text for document in documents), labels)
+    texts = Texts(tuple(document.text for document in documents), labels, source=source)
     if factors is not None:
         return replace(texts, factors=_read_factors(Path(factors), len(texts)))
     if documents[0].factors is not None:
