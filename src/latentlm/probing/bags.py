@@ -1,6 +1,7 @@
 """Texts as bags of what stands in them: what a code has to be compared with, since it needs no model."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import numpy as np
 from jaxtyping import Float
@@ -29,8 +30,8 @@ def _bags(groups: Sequence[Sequence[str]], **options: object) -> list[csr_matrix
         rows = csr_matrix(TfidfVectorizer(**options).fit_transform(every))
     except ValueError:  # its word for texts that hold nothing of the kind
         rows = csr_matrix((len(every), 1))
-    ends = np.cumsum([0, *(len(group) for group in groups)])
-    return [rows[first:end] for first, end in zip(ends[:-1], ends[1:], strict=True)]
+    ends = accumulate(map(len, groups), initial=0)
+    return [rows[first:end] for first, end in pairwise(ends)]
 
 
 def cosine(first: csr_matrix, second: csr_matrix) -> Float[np.ndarray, " texts"]:

@@ -74,11 +74,11 @@ def linguistic(
         rows.append(row | {"values": len(classes), "training": len(training), "held out": len(held_out)})
     about = (
         f"{len(texts):,} texts, {space.view}, standardised. Multinomial logistic regression (L2, C = {strength:g}), "
-        f"trained on {1 - _HELD_OUT:.0%} of the texts of known value, {training_texts:,} at most; accuracy on the others, mean ± s.d. over "
-        f"{seeds} splits (seeds {seed} to {seed + seeds - 1}). Majority: always the most frequent value of the "
-        "training texts. Control, as Hewitt and Liang (2019) ask: each distinct text gets a random label with the "
-        "frequencies of the property's values; selectivity is accuracy less that of the control. Theirs are random "
-        "labels of word types, which come back in held-out text, so that a strong probe scores well by memory; whole "
+        f"trained on {1 - _HELD_OUT:.0%} of the texts of known value, {training_texts:,} at most; accuracy on the "
+        f"others, mean ± s.d. over {seeds} splits (seeds {seed} to {seed + seeds - 1}). Majority: always the most "
+        "frequent value of the training texts. Control, as Hewitt and Liang (2019) ask: each distinct text gets a "
+        "random label with the frequencies of the property's values; selectivity is accuracy less that of the control. "
+        "Theirs are random labels of word types, which come back in held-out text, so that a strong probe scores well by memory; whole "
         "texts seldom come back, so ours is about chance unless texts are repeated, and what a probe can memorise "
         "shows in `control in training`, its accuracy on the random labels that it was trained on. Bag of words: the "
         f"same probe on TF-IDF of words reduced to {bags.shape[1]} numbers by truncated SVD, the line to beat. Length: "
@@ -153,7 +153,7 @@ def properties(
 
 
 def bins(numbers: pd.Series, number: int = BINS) -> tuple[Int[np.ndarray, " texts"], list[str]]:
-    """Numbers in bins of about equal count, in their order, and each bin's range; fewer bins where numbers are equal."""
+    """Numbers in bins of about equal count, in their order, and each bin's range; fewer where numbers are equal."""
     if numbers.nunique() <= number:
         kinds = sorted(numbers.dropna().unique())
         places = {kind: place for place, kind in enumerate(kinds)}

@@ -84,8 +84,8 @@ def similarity(
         "prior standard deviations) against the score: Spearman's and Pearson's correlation, −1 to 1, with the "
         f"{_COVERED:g}% bootstrap interval over pairs ({resamples:,} resamples, percentiles, seed {seed}); where texts "
         "stand in several pairs it is somewhat too narrow. Standardised: each number of a code less its mean over "
-        "these texts, in its s.d. over them, so that no single one decides. Floor: scores shuffled among the pairs. Line to beat: "
-        "cosine of TF-IDF bags of words of the same texts, for which no model is needed."
+        "these texts, in its s.d. over them, so that no single one decides. Floor: scores shuffled among the pairs. "
+        "Line to beat: cosine of TF-IDF bags of words of the same texts, for which no model is needed."
     )
     listed = pd.DataFrame(
         {
@@ -160,9 +160,7 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def shared_factors(
-    factors: pd.DataFrame, places: Int[np.ndarray, "pairs two"]
-) -> Float[np.ndarray, " pairs"]:
+def shared_factors(factors: pd.DataFrame, places: Int[np.ndarray, "pairs two"]) -> Float[np.ndarray, " pairs"]:
     """Share of the factors known of both texts of a pair in which they agree; NaN where none is."""
     values = np.stack([pd.factorize(factors[name])[0] for name in factors.columns], axis=1)  # −1: unknown
     left, right = values[places[:, 0]], values[places[:, 1]]
