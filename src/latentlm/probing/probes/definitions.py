@@ -262,8 +262,8 @@ def _written(
         columns[f"by {line}"] = tuple(of_own)
     said = (
         f"BLEU (sacrebleu's defaults, corpus, 0 to 100): {len(rows):,} held-out definitions written greedily from the "
-        "mean of q(z | term), from the same mapped to definitions by a ridge map of all of z's numbers, and (in the table "
-        "`bleu`), as a ceiling, from z of the definition itself; beside each by z of another term."
+        "mean of q(z | term), from the same mapped to definitions by a ridge map of all of z's numbers, and (in the "
+        "table `bleu`), as a ceiling, from z of the definition itself; beside each by z of another term."
     )
     return lines, pd.DataFrame(columns), said
 
