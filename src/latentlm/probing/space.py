@@ -54,7 +54,9 @@ class LatentSpace:
         #: event shape of a latent; of a trajectory that of one token
         self.event = tuple(model.prior(1, 1).event_shape)
         parts = None if model.latent_per_token else self.event[0] if len(self.event) > 1 else 1
-        if part is not None and (len(self.event) == 1 or part < 0 or (parts is not None and part >= parts)):
+        if part is not None and len(self.event) == 1:
+            raise InputError(f"a latent of {self.event[0]} numbers has no parts: leave part out.")
+        if part is not None and (part < 0 or (parts is not None and part >= parts)):
             have = "any position, from 0" if parts is None else f"{parts} of them, from 0"
             raise InputError(f"part {part} of a latent of {' × '.join(map(str, self.event))}: there is {have}.")
         if pool == "flat" and model.latent_per_token and part is None:
@@ -77,10 +79,10 @@ class LatentSpace:
 
     def infer(self, texts: Texts) -> None:
         """Infers those texts that were not asked for before."""
-        missing = [place for place, key in enumerate(self._keys(texts)) if key not in self._known]
+        missing = {key: place for place, key in enumerate(self._keys(texts)) if key not in self._known}
         if not missing:
             return
-        unknown = texts.select(list(dict((self._keys(texts)[place], place) for place in missing).values()))
+        unknown = texts.select(list(missing.values()))
         with evaluating(self.model):
             encoding = encode(
                 self.model,
