@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from latentlm.errors import InputError
+from latentlm.files import make_folder
 from latentlm.options import (
     DATA_HELP,
     Annotations,
@@ -57,7 +57,7 @@ def _all(
     """
     from latentlm.probing import probe_all
 
-    _folder(output)
+    make_folder(output)
     with ExitStack() as stack:
         space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings, pool,
                               part, batch_size, seed)  # fmt: skip
@@ -94,7 +94,7 @@ def _command(name: str) -> Any:
         **of_probe: Any,
     ) -> None:
         if output is not None:
-            _folder(output)
+            make_folder(output)
         with ExitStack() as stack:
             space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings,
                                   pool, part, batch_size, seed)  # fmt: skip
@@ -193,13 +193,6 @@ def _space(
     by = sample_by or "line"
     texts = read_texts(data, column=column, sample_by=by, limit=limit, annotated=annotated, factors=factor_table)
     return space, texts
-
-
-def _folder(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be made a folder ({error.strerror}): name another.") from error
 
 
 def _say(text: str) -> None:

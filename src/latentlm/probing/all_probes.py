@@ -1,13 +1,14 @@
 """The probes that there are, found by their files, and all of them at once."""
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from latentlm.errors import InputError
-from latentlm.files import write_whole
+from latentlm.files import make_folder, write_whole
 from latentlm.probing import probes
 from latentlm.probing.page import page
 from latentlm.probing.result import ProbeResult
@@ -51,11 +52,15 @@ def probe_all(
     """
     results: list[ProbeResult] = []
     skipped: dict[str, str] = {}
+    if output is not None:
+        make_folder(output)
     space.infer(texts)
     for name in probe_names():
         on_probe(name)
+        probe = probe_named(name)
+        seed = {"seed": space.seed} if "seed" in inspect.signature(probe).parameters else {}
         try:
-            results.append(probe_named(name)(space, texts))
+            results.append(probe(space, texts, **seed))
         except InputError as error:
             skipped[name] = str(error)
     if output is not None:

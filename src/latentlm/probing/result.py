@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from latentlm.errors import InputError
-from latentlm.files import whole_file
+from latentlm.files import make_folder, whole_file
 
 Draw = Callable[[Any], None]
 _COLOURS = (
@@ -123,7 +123,7 @@ class ProbeResult:
         """Writes NAME.json (everything), NAME.csv (the table), NAME-DETAIL.csv, NAME.html and, if any, NAME.png."""
         from latentlm.probing.page import page
 
-        folder = Path(folder)
+        folder = make_folder(folder)
         written = [self._write(folder, ".json", json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False))]
         written.append(self._write(folder, ".csv", self.table.to_csv(index=False)))
         for name, rows in self.details.items():

@@ -79,14 +79,13 @@ def linguistic(
         "frequent value of the training texts. Control, as Hewitt and Liang (2019) ask: each distinct text gets a "
         "random label with the frequencies of the property's values; selectivity is accuracy less that of the control. "
         "Theirs are random labels of word types, which come back in held-out text, so that a strong probe scores well "
-        "by memory; whole "
-        "texts seldom come back, so ours is about chance unless texts are repeated, and what a probe can memorise "
-        "shows in `control in training`, its accuracy on the random labels that it was trained on. Bag of words: the "
-        f"same probe on TF-IDF of words reduced to {bags.shape[1]} numbers by truncated SVD, the line to beat. Length: "
-        f"words, up to {BINS} bins of about equal count (Conneau et al. 2018, SentLen, whose bins are of equal width). "
-        f"Word content (their WC): which of {words} words of middle frequency a text has, of texts with exactly one. A "
-        f"factor of numbers with more than {BINS} values is binned, a parse in brackets counts as its depth, of others "
-        f"the {MOST_VALUES} most frequent values count."
+        "by memory; whole texts seldom come back, so ours is about chance unless texts are repeated, and what a probe can "
+        "memorise shows in `control in training`, its accuracy on the random labels that it was trained on. Bag of "
+        f"words: the same probe on TF-IDF of words reduced to {bags.shape[1]} numbers by truncated SVD, the line to "
+        f"beat. Length: words, up to {BINS} bins of about equal count (Conneau et al. 2018, SentLen, whose bins are of "
+        f"equal width). Word content (their WC): which of {words} words of middle frequency a text has, of texts with "
+        f"exactly one. A factor of numbers with more than {BINS} values is binned, a parse in brackets counts as its "
+        f"depth, of others the {MOST_VALUES} most frequent values count."
     ) + (f" Left out: {'; '.join(left_out)}." if left_out else "")
     classes_of = pd.DataFrame(
         [
