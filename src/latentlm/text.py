@@ -241,8 +241,12 @@ def write(
     per_prompt = len(rows) // max(len(prompts), 1)
     known = [ids[mask.bool()][1:].tolist() for ids, mask in zip(*given.values(), strict=True)] if given else []
     texts = []
+    lengths = [] if options.get("lengths") is None else options["lengths"].tolist()
     for index, row in enumerate(rows.tolist()):
         new = row[skip:]
+        if lengths:  # what stands after so many tokens is padding
+            before = len(known[index // per_prompt]) if prompts else 0
+            new = new[: max(lengths[index * len(lengths) // len(rows)] - before, 0)]
         if tokenizer.eos_token_id in new:
             new = new[: new.index(tokenizer.eos_token_id)]
         place = index // per_prompt
