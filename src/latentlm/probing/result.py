@@ -24,6 +24,8 @@ _COLOURS = (
 MOST_GROUPS = len(_COLOURS)
 _ROWS_SHOWN = 40
 _DPI = 110
+# dollar signs in texts and names are dollar signs
+_NO_FORMULAE = {"text.parse_math": False}
 _SIDE, _MARGIN = 420, 12  # of a scatter in a page, in pixels
 
 
@@ -102,6 +104,7 @@ class ProbeResult:
 
     def figure(self) -> Any:
         """A matplotlib `Figure` of all panels, two in a row."""
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -112,10 +115,11 @@ class ProbeResult:
         rows = -(-len(draws) // columns)
         figure = Figure(figsize=(6.4 * columns, 4.4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(rows, columns, squeeze=False).flat
-        for panel, draw in zip(panels, draws, strict=False):
-            draw(panel)
-        for panel in list(panels)[len(draws) :]:
+        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+        with rc_context(_NO_FORMULAE):
+            for panel, draw in zip(panels, draws, strict=False):
+                draw(panel)
+        for panel in panels[len(draws) :]:
             panel.remove()
         return figure
 
@@ -172,6 +176,9 @@ def _html_table(table: pd.DataFrame) -> str:
 
 
 def _png(figure: Any) -> bytes:
+    from matplotlib import rc_context
+
     content = io.BytesIO()
-    figure.savefig(content, dpi=_DPI, format="png")
+    with rc_context(_NO_FORMULAE):
+        figure.savefig(content, dpi=_DPI, format="png")
     return content.getvalue()
