@@ -115,8 +115,8 @@ class ProbeResult:
         rows = -(-len(draws) // columns)
         figure = Figure(figsize=(6.4 * columns, 4.4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
         with rc_context(_NO_FORMULAE):
+            panels = list(figure.subplots(rows, columns, squeeze=False).flat)
             for panel, draw in zip(panels, draws, strict=False):
                 draw(panel)
         for panel in panels[len(draws) :]:
