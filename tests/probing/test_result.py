@@ -39,7 +39,9 @@ def test_what_is_saved(tmp_path):
     written = result().save(tmp_path / "new" / "folder")
     names = ["tried.json", "tried.csv", "tried-every-row.csv", "tried.png", "tried.html"]
     assert [path.name for path in written] == names
-    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(names)  # nothing half written
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == sorted(
+        names
+    )  # nothing half written
     assert all(path.stat().st_size for path in written)
 
 

@@ -1,5 +1,7 @@
 """Spaces of small random models, and of codes that are given, for probes to be tried on."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import torch
@@ -47,13 +49,11 @@ def annotated(texts: tuple[str, ...], *, per_text: bool = False) -> Texts:
     return Texts(texts, tuple(tuple(row[:1] if per_text else row) for row in labels))
 
 
-class GivenCodes:
-    """A space whose codes are given by text; a model is missing."""
+class GivenCodes(LatentSpace):
+    """A space whose codes are given by text; its model has no labels, and nothing else."""
 
     view = "given codes"
-
-    class model:
-        annotation_labels = None
+    model = SimpleNamespace(annotation_labels=None)
 
     def __init__(self, codes: dict[str, np.ndarray]):
         self.of_text = codes
