@@ -52,7 +52,7 @@ def test_a_new_file_is_a_probe(new_probes):
 
 
 def test_an_unknown_one():
-    with pytest.raises(InputError, match="there is no probe 'nothing': give one of .*clusters.*, or all"):
+    with pytest.raises(InputError, match=r"there is no probe 'nothing': give one of .*clusters.*, or all"):
         probe_named("nothing")
 
 

@@ -80,7 +80,7 @@ def test_factors_that_are_not_there():
     with pytest.raises(InputError, match="there is no factor 'h': the texts have none"):
         Texts(("a",)).factor("h")
     with pytest.raises(
-        InputError, match="no factors: take builtin:sentences or annotated texts, or give --factor-table"
+        InputError, match="take builtin:sentences or annotated texts, or give --factor-table"
     ):
         Texts(("a", "b")).factor_ids()
 
