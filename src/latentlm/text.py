@@ -17,6 +17,8 @@ from latentlm.errors import InputError, one_sentence
 from latentlm.files import check_writable, whole_file
 from latentlm.latent_lm import LatentLM
 
+_PLENTY = 2**31
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -166,7 +168,7 @@ def encode(
     if isinstance(texts, str):
         raise InputError("give a list of texts, not one string.")
     lengths = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
-    longest = model.config.max_position_embeddings
+    longest = longest_text(model)
     for row, length in enumerate(lengths):
         if length + 1 > longest and not cut:
             raise InputError(f"text {row} has {length + 1} tokens and the model's context is {longest}: shorten it.")
@@ -197,6 +199,11 @@ def encode(
     of_tokens = np.array([len(mean) for mean in means]) if model.latent_per_token else None
     truncated = sum(length + 1 > longest for length in lengths)
     return Encoding(np.arange(len(texts)), _stacked(means), _stacked(variances), of_tokens, truncated)
+
+
+def longest_text(model: LatentLM) -> int:
+    """How many tokens the model's context holds; the contract asks for no such bound, and where there is none, plenty."""
+    return getattr(model.config, "max_position_embeddings", _PLENTY)
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from latentlm.evaluation.batches import evaluating
 from latentlm.generation import WritesText
 from latentlm.latent_lm import LatentLM
 from latentlm.probing.texts import Texts
-from latentlm.text import encode, on_device, write
+from latentlm.text import encode, longest_text, on_device, write
 
 POOLS = ("mean", "flat")
 
@@ -191,7 +191,7 @@ class LatentSpace:
         """Indices, `input_ids` (BOS x_1 … EOS), `attention_mask` and condition of batches, on the model's device."""
         from latentlm.data import length_buckets, text_batch
 
-        longest = self.model.config.max_position_embeddings
+        longest = longest_text(self.model)
         lengths = [len(ids) for ids in self.tokenizer(list(texts.texts), add_special_tokens=False)["input_ids"]]
         found = []
         for indices in length_buckets(lengths, self.batch_size, seed=0, shuffle=False):
