@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.probing import worlds
-from tests.toy import moved, small_model
+from tests.toy import moved, small_model, three_verbs
 
 from latentlm import InputError
 from latentlm.probing import LatentSpace, Texts
@@ -89,6 +89,14 @@ def test_codes_are_encoded_means_whitened_by_hand(family, number):
         by_hand = (mean - prior.mean[0].detach().numpy()) / prior.variance[0].detach().numpy() ** 0.5
         by_hand = by_hand.reshape(-1, by_hand.shape[-1]).mean(0)
         np.testing.assert_allclose(found[row], by_hand, atol=1e-5)
+
+
+def test_a_model_of_three_verbs_will_do():
+    space = worlds.space_of(three_verbs())
+    codes = space.codes(Texts(TEXTS))
+    given = [batch for batch in space.batches(Texts(TEXTS)) if 3 in batch[0]][0]
+    by_hand = space.model.infer(given[1], given[2]).mean[given[0].index(3)]
+    np.testing.assert_allclose(codes[3], by_hand.detach(), atol=1e-6)
 
 
 def test_a_prior_with_another_mean_and_variance_is_taken_out():

@@ -79,9 +79,7 @@ def test_factors_that_are_not_there():
         texts_of(f=["a", "b"]).factor_ids(["h"])
     with pytest.raises(InputError, match="there is no factor 'h': the texts have none"):
         Texts(("a",)).factor("h")
-    with pytest.raises(
-        InputError, match="take builtin:sentences or annotated texts, or give --factor-table"
-    ):
+    with pytest.raises(InputError, match="take builtin:sentences or annotated texts, or give --factor-table"):
         Texts(("a", "b")).factor_ids()
 
 
