@@ -202,7 +202,7 @@ def encode(
 
 
 def longest_text(model: LatentLM) -> int:
-    """How many tokens the model's context holds; the contract asks for no such bound, and where there is none, plenty."""
+    """How many tokens the model's context holds: plenty, where it has no bound, for which the contract does not ask."""
     return getattr(model.config, "max_position_embeddings", _PLENTY)
 
 

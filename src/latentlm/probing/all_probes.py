@@ -74,8 +74,9 @@ def probe_all(
 def _about(space: LatentSpace, texts: Texts) -> str:
     model: Any = space.model
     event = " × ".join(map(str, space.event))
+    inference = getattr(model.config, "inference", "its own")
     each = " for each token" if model.latent_per_token else ""
     return (
         f"{type(model).__name__} with a latent of {event}{each}; {len(texts):,} texts; codes are {space.view}, in "
-        f"prior standard deviations; inference: {model.config.inference}; seed {space.seed}."
+        f"prior standard deviations; inference: {inference}; seed {space.seed}."
     )

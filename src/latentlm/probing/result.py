@@ -25,7 +25,7 @@ MOST_GROUPS = len(_COLOURS)
 _ROWS_SHOWN = 40
 _DPI = 110
 # dollar signs in texts and names are dollar signs
-_NO_FORMULAE = {"text.parse_math": False}
+_NO_FORMULAE: Any = {"text.parse_math": False}
 _SIDE, _MARGIN = 420, 12  # of a scatter in a page, in pixels
 
 
