@@ -2,6 +2,7 @@
 
 import pytest
 from tests.probing import worlds
+from tests.toy import three_verbs
 
 from latentlm import InputError
 from latentlm.probing import Texts, probe_all, probe_named, probe_names, probes
@@ -89,6 +90,12 @@ def test_nothing_is_written_unless_asked(new_probes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     probe_all(worlds.space("gpt_vae"), Texts(worlds.words(3)))
     assert [path.name for path in tmp_path.iterdir()] == ["probes"]
+
+
+def test_a_model_of_three_verbs_will_do(tmp_path):
+    results, _ = probe_all(worlds.space_of(three_verbs()), Texts(worlds.words(12)), output=tmp_path)
+    assert "neighbours" in [one.name for one in results]
+    assert "inference: its own" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("family", worlds.KINDS)

@@ -102,7 +102,7 @@ def test_the_map_is_a_ridge_and_finds_a_linear_one():
     generator = np.random.default_rng(0)
     inputs, weights = generator.standard_normal((200, 4)), generator.standard_normal((4, 3))
     exact = ridge_map(inputs, inputs @ weights + [1.0, 2.0, 3.0])
-    np.testing.assert_allclose(exact(np.eye(4)), weights + [1.0, 2.0, 3.0], atol=0.01)
+    np.testing.assert_allclose(exact(np.eye(4)), weights + np.array([1.0, 2.0, 3.0]), atol=0.01)
     noise = generator.standard_normal((200, 3))
     candidates = [Ridge(penalty).fit(inputs, noise).predict(inputs) for penalty in module._PENALTIES]
     found = ridge_map(inputs, noise)(inputs)
