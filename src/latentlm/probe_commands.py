@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from latentlm.files import make_folder
 from latentlm.options import (
     DATA_HELP,
     Annotations,
@@ -55,9 +56,8 @@ def _all(
     Example: latentlm probe all runs/gpt-vae --data builtin:sentences --limit 2000 --output probes
     """
     from latentlm.probing import probe_all
-    from latentlm.probing.result import made_folder
 
-    made_folder(output)
+    make_folder(output)
     with ExitStack() as stack:
         space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings, pool,
                               part, batch_size, seed)  # fmt: skip
@@ -72,7 +72,6 @@ def _all(
 def _command(name: str) -> Any:
     """The command of one probe."""
     from latentlm.probing import probe_named
-    from latentlm.probing.result import made_folder
 
     probe = probe_named(name)
     seeded = "seed" in inspect.signature(probe).parameters
@@ -95,7 +94,7 @@ def _command(name: str) -> Any:
         **of_probe: Any,
     ) -> None:
         if output is not None:
-            made_folder(output)
+            make_folder(output)
         with ExitStack() as stack:
             space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings,
                                   pool, part, batch_size, seed)  # fmt: skip

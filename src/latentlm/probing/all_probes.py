@@ -1,16 +1,17 @@
 """The probes that there are, found by their files, and all of them at once."""
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from latentlm.errors import InputError
-from latentlm.files import write_whole
+from latentlm.files import make_folder, write_whole
 from latentlm.probing import probes
 from latentlm.probing.page import page
-from latentlm.probing.result import ProbeResult, made_folder
+from latentlm.probing.result import ProbeResult
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import Texts
 
@@ -43,7 +44,8 @@ def probe_all(
     """Every probe with its defaults; those that cannot be asked of this model or these texts are skipped.
 
     Args:
-        output: a folder for `report.html`, one page of everything, and the files of each probe.
+        output: a folder, made if it is missing, for the files of each probe as soon as it has run, and at the end for
+            `report.html`, one page of everything.
         on_probe: told the name of each probe before it runs.
 
     Returns:
@@ -51,26 +53,32 @@ def probe_all(
     """
     results: list[ProbeResult] = []
     skipped: dict[str, str] = {}
+    if output is not None:
+        make_folder(output)
     space.infer(texts)
     for name in probe_names():
         on_probe(name)
+        probe = probe_named(name)
+        seed = {"seed": space.seed} if "seed" in inspect.signature(probe).parameters else {}
         try:
-            results.append(probe_named(name)(space, texts))
+            result = probe(space, texts, **seed)
         except InputError as error:
             skipped[name] = str(error)
+            continue
+        results.append(result)
+        if output is not None:
+            result.save(output)
     if output is not None:
-        folder = made_folder(output)
-        for result in results:
-            result.save(folder)
-        write_whole(folder / "report.html", page(title or "Probes", results, _about(space, texts), skipped))
+        write_whole(Path(output) / "report.html", page(title or "Probes", results, _about(space, texts), skipped))
     return results, skipped
 
 
 def _about(space: LatentSpace, texts: Texts) -> str:
     model: Any = space.model
     event = " × ".join(map(str, space.event))
+    inference = getattr(model.config, "inference", "its own")
     each = " for each token" if model.latent_per_token else ""
     return (
         f"{type(model).__name__} with a latent of {event}{each}; {len(texts):,} texts; codes are {space.view}, in "
-        f"prior standard deviations; inference: {model.config.inference}; seed {space.seed}."
+        f"prior standard deviations; inference: {inference}; seed {space.seed}."
     )

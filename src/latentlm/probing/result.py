@@ -14,7 +14,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from latentlm.errors import InputError
-from latentlm.files import whole_file
+from latentlm.files import make_folder, whole_file
 
 Draw = Callable[[Any], None]
 _COLOURS = (
@@ -24,6 +24,8 @@ _COLOURS = (
 MOST_GROUPS = len(_COLOURS)
 _ROWS_SHOWN = 40
 _DPI = 110
+# dollar signs in texts and names are dollar signs
+_NO_FORMULAE: Any = {"text.parse_math": False}
 _SIDE, _MARGIN = 420, 12  # of a scatter in a page, in pixels
 
 
@@ -102,6 +104,7 @@ class ProbeResult:
 
     def figure(self) -> Any:
         """A matplotlib `Figure` of all panels, two in a row."""
+        from matplotlib import rc_context
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -112,9 +115,10 @@ class ProbeResult:
         rows = -(-len(draws) // columns)
         figure = Figure(figsize=(6.4 * columns, 4.4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-        for panel, draw in zip(panels, draws, strict=False):
-            draw(panel)
+        with rc_context(_NO_FORMULAE):
+            panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+            for panel, draw in zip(panels, draws, strict=False):
+                draw(panel)
         for panel in panels[len(draws) :]:
             panel.remove()
         return figure
@@ -126,7 +130,7 @@ class ProbeResult:
         """
         from latentlm.probing.page import page
 
-        folder = made_folder(folder)
+        folder = make_folder(folder)
         written = [self._write(folder, ".json", json.dumps(self.json(), indent=1, ensure_ascii=False, allow_nan=False))]
         written.append(self._write(folder, ".csv", self.table.to_csv(index=False)))
         for name, rows in self.details.items():
@@ -166,20 +170,6 @@ class ProbeResult:
         return "".join(parts) + "</section>"
 
 
-def made_folder(path: str | Path) -> Path:
-    """The folder, made if it is missing.
-
-    Raises:
-        InputError: it cannot be.
-    """
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be made a folder ({error.strerror}): name another.") from error
-    return path
-
-
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
     return json.loads(table.to_json(orient="records", force_ascii=False, double_precision=15))
 
@@ -189,6 +179,9 @@ def _html_table(table: pd.DataFrame) -> str:
 
 
 def _png(figure: Any) -> bytes:
+    from matplotlib import rc_context
+
     content = io.BytesIO()
-    figure.savefig(content, dpi=_DPI, format="png")
+    with rc_context(_NO_FORMULAE):
+        figure.savefig(content, dpi=_DPI, format="png")
     return content.getvalue()

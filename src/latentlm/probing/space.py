@@ -15,7 +15,7 @@ from latentlm.evaluation.batches import evaluating
 from latentlm.generation import WritesText
 from latentlm.latent_lm import LatentLM
 from latentlm.probing.texts import Texts
-from latentlm.text import encode, on_device, write
+from latentlm.text import encode, longest_text, on_device, write
 
 POOLS = ("mean", "flat")
 
@@ -54,7 +54,9 @@ class LatentSpace:
         #: event shape of a latent; of a trajectory that of one token
         self.event = tuple(model.prior(1, 1).event_shape)
         parts = None if model.latent_per_token else self.event[0] if len(self.event) > 1 else 1
-        if part is not None and (len(self.event) == 1 or part < 0 or (parts is not None and part >= parts)):
+        if part is not None and len(self.event) == 1:
+            raise InputError(f"a latent of {self.event[0]} numbers has no parts: leave part out.")
+        if part is not None and (part < 0 or (parts is not None and part >= parts)):
             have = "any position, from 0" if parts is None else f"{parts} of them, from 0"
             raise InputError(f"part {part} of a latent of {' × '.join(map(str, self.event))}: there is {have}.")
         if pool == "flat" and model.latent_per_token and part is None:
@@ -99,12 +101,12 @@ class LatentSpace:
                 raise InputError(f"the latent of {unknown.texts[row][:60]!r} is not finite: the model has diverged.")
             self._known[key] = mean, variance
 
-    def means(self, texts: Texts) -> list[Float[np.ndarray, " *event"]]:
+    def means(self, texts: Texts) -> list[Float[np.ndarray, "..."]]:
         """The mean of q(z | x) of each text, in the model's own units; of trajectories each has its own length."""
         self.infer(texts)
         return [self._known[key][0] for key in self._keys(texts)]
 
-    def variances(self, texts: Texts) -> list[Float[np.ndarray, " *event"]]:
+    def variances(self, texts: Texts) -> list[Float[np.ndarray, "..."]]:
         """The variance of q(z | x) of each text."""
         self.infer(texts)
         return [self._known[key][1] for key in self._keys(texts)]
@@ -189,7 +191,7 @@ class LatentSpace:
         """Indices, `input_ids` (BOS x_1 … EOS), `attention_mask` and condition of batches, on the model's device."""
         from latentlm.data import length_buckets, text_batch
 
-        longest = self.model.config.max_position_embeddings
+        longest = longest_text(self.model)
         lengths = [len(ids) for ids in self.tokenizer(list(texts.texts), add_special_tokens=False)["input_ids"]]
         found = []
         for indices in length_buckets(lengths, self.batch_size, seed=0, shuffle=False):

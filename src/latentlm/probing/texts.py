@@ -1,9 +1,11 @@
 """Texts for probes, and what is known of each: labels, and factors (what it is about, in which tense, by whom …)."""
 
+import csv
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +26,7 @@ class Texts:
     Args:
         labels: annotations of each: a label for each of its words, or one for the text.
         factors: a row for each text, a column for each factor; its values are names, missing ones are unknown.
+        source: the data whose first documents they are, for what else stands in its rows.
 
     Raises:
         InputError: no text; labels or factors of another number of texts.
@@ -32,6 +35,7 @@ class Texts:
     texts: tuple[str, ...]
     labels: tuple[tuple[str, ...], ...] | None = None
     factors: pd.DataFrame | None = None
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if not self.texts:
@@ -61,7 +65,7 @@ class Texts:
             raise InputError(
                 f"{what} needs {number:,} texts, and there are {len(self):,}: ask for fewer, or give more."
             )
-        return self.select(range(number))
+        return replace(self.select(range(number)), source=self.source)
 
     def factor(self, name: str) -> pd.Series:
         """One factor's values.
@@ -79,13 +83,20 @@ class Texts:
     def factor_ids(self, names: Sequence[str] | None = None) -> tuple[Int[np.ndarray, "texts factors"], list[str]]:
         """Values as numbers, the most frequent 0, and −1 where unknown or beyond the 12 most frequent; and their names.
 
+        Args:
+            names: which factors; by default all that have more than one value.
+
         Raises:
             InputError: no factors, one that is not there, or one with a single value.
         """
         if names is None:
             names = [] if self.factors is None else list(self.factors.columns)
+            several = [name for name in names if self.factor(name).nunique() > 1]
+            names = several or names
         if not names:
-            raise InputError("the texts have no factors: take builtin:sentences, annotated texts, or give --factors.")
+            raise InputError(
+                "the texts have no factors: take builtin:sentences or annotated texts, or give --factor-table."
+            )
         columns = []
         for name in names:
             values = self.factor(name)
@@ -109,7 +120,7 @@ def read_texts(
     """Reads texts as every command does, with what is known of them.
 
     Factors are those that `builtin:sentences` is made of; or the columns of a table (`factors`) that has a row for each
-    text, in their order; or what annotations say (`factors_of_labels`).
+    text, in their order (more than a `limit` are left out); or what annotations say (`factors_of_labels`).
 
     Raises:
         InputError: data that cannot be read, or a table of another number of rows.
@@ -118,16 +129,18 @@ def read_texts(
     labels = (
         tuple(document.annotations or () for document in documents) if any(d.annotations for d in documents) else None
     )
-    texts = Texts(tuple(document.text for document in documents), labels)
+    texts = Texts(tuple(document.text for document in documents), labels, source=source)
     if factors is not None:
-        return replace(texts, factors=_read_factors(Path(factors), len(texts)))
+        return replace(texts, factors=_read_factors(Path(factors), len(texts), first_only=len(texts) == limit))
     if documents[0].factors is not None:
         return replace(texts, factors=pd.DataFrame([document.factors for document in documents]))
     return texts if labels is None else replace(texts, factors=factors_of_labels(texts.texts, labels))
 
 
-def _read_factors(path: Path, rows: int) -> pd.DataFrame:
-    readers = {".csv": pd.read_csv, ".tsv": lambda file, **options: pd.read_csv(file, sep="\t", **options)}
+def _read_factors(path: Path, rows: int, first_only: bool) -> pd.DataFrame:
+    # as everywhere: a quotation mark in a .tsv is part of the text
+    of_tsv: dict[str, Any] = {"sep": "\t", "quoting": csv.QUOTE_NONE}
+    readers = {".csv": pd.read_csv, ".tsv": lambda file, **options: pd.read_csv(file, **of_tsv, **options)}
     if path.suffix not in readers:
         raise InputError(f"{path}: factors are read from a .csv or a .tsv with a header.")
     try:
@@ -138,6 +151,8 @@ def _read_factors(path: Path, rows: int) -> pd.DataFrame:
         raise InputError(
             f"{path} has factors of {len(table):,} texts, and there are {rows:,}: row {len(table) + 1} is missing."
         )
+    if first_only:
+        return table.head(rows)
     if len(table) > rows:
         raise InputError(f"{path} has factors of {len(table):,} texts, and there are {rows:,}: give a row for each.")
     return table

@@ -36,7 +36,7 @@ def clusters(
     """
     ids, names = texts.factor_ids(factors)
     codes = space.codes(texts)
-    if len(texts) <= k:
+    if not 1 <= k < len(texts):
         raise InputError(f"{k} neighbours of each need {k + 1:,} texts, and there are {len(texts):,}.")
     near, _ = nearest(codes, k)
     shuffled = np.random.default_rng(seed).permutation(len(texts))
@@ -109,4 +109,5 @@ def project(codes: Float[np.ndarray, "texts numbers"], method: str, seed: int = 
     except ImportError as error:
         raise InputError("UMAP needs the package umap-learn: pip install 'latentlm[umap]', or take tsne.") from error
     neighbours = min(15, len(codes) - 1)
-    return UMAP(n_neighbors=neighbours, random_state=seed).fit_transform(codes).astype(np.float64)
+    start = "spectral" if len(codes) > 10 else "random"  # of a few texts there are not enough eigenvectors
+    return UMAP(n_neighbors=neighbours, init=start, random_state=seed).fit_transform(codes).astype(np.float64)
