@@ -95,7 +95,7 @@ def interpolation(
 
 def smoothness(distances: Float[np.ndarray, "texts texts"]) -> float:
     """d(x_0, x_n) ÷ Σ d(x_i, x_i+1) of a path of texts, by the distances between all of them (LangSpace's interpolation
-    smoothness; Zhang et al. 2024, arXiv 2305.01713): 1 is a straight way, 0 one that comes back; NaN where none moves.
+    smoothness): 1 is a straight way, 0 one that comes back; NaN where none moves.
     """
     along = float(np.diagonal(distances, 1).sum())
     return float(distances[0, -1]) / along if along > 0 else float("nan")
@@ -220,7 +220,7 @@ def _about(
 ) -> str:
     text = (
         f"{pairs:,} pairs of texts (the first with the second, …), {steps} moves from the posterior mean of the one to "
-        f"that of the other, written greedily. Distance d: {measure.described}. Quality: mean over the inner steps x of "
+        f"that of the other, written greedily. Distance d: {measure.described}. Quality: mean over inner steps x of "
         "d(a, b) ÷ (d(a, x) + d(x, b)), a and b the given texts: 1 for a text on a shortest way between them; its "
         "control: the steps of the next pair's path. Smoothness: d(x0, xn) ÷ Σ d(xi, xi+1), 1 is ideal. Monotonicity: "
         "Spearman's correlation of the step with d(xi, x0) − d(xi, xn). Shuffled, their control: inner steps in "

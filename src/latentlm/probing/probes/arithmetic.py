@@ -1,0 +1,283 @@
+"""Sums and differences of latents: whether a − b + c is what it should be, and whether a vector carries an attribute."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from latentlm.errors import InputError
+from latentlm.probing.attributes import Attribute, add_attribute, choose_attribute
+from latentlm.probing.result import ProbeResult
+from latentlm.probing.space import LatentSpace
+from latentlm.probing.texts import UNKNOWN, Texts
+
+_WEIGHTS = {"analogy": (1.0, -1.0, 1.0), "sum": (1.0, 1.0), "mean": (0.5, 0.5)}
+OPERATIONS = (*_WEIGHTS, "weighted")
+_TRIES = 50  # of groups, for each that is wanted
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+def arithmetic(
+    space: LatentSpace,
+    texts: Texts,
+    *,
+    operation: str = "analogy",
+    weights: list[float] | None = None,
+    groups: int = 32,
+    factors: list[str] | None = None,
+    factor: str | None = None,
+    scale: float = 1.0,
+    most: int = 64,
+    seed: int = 0,
+) -> ProbeResult:
+    """Latents reckoned with, as a − b + c, written and read again; and vectors that carry an attribute into texts.
+
+    Args:
+        operation: analogy (a − b + c), sum, mean, or weighted.
+        weights: of the texts of a group, for weighted.
+        groups: how many groups of texts, drawn at random, are reckoned with.
+        factors: whose values a result is expected to have; by default those of two values, or the one of the fewest.
+        factor: whose vector is added; by default the first of two values, or else the first with values enough.
+        scale: how many times the vector is added.
+        most: texts to which it is added, at most.
+        seed: of the choice of texts and of the control's vectors.
+    """
+    of_group = _weights(operation, weights)
+    if groups < 1 or most < 1 or not np.isfinite(scale):
+        raise InputError(f"groups and most are numbers from 1 on and scale is finite, not {groups}, {most}, {scale:g}.")
+    texts.first(len(of_group), "arithmetic")
+    names = _names(texts, factors)
+    attribute = choose_attribute(texts, factor, seed)
+    formula = _formula(of_group)
+    ids = texts.factor_ids(names)[0] if names else None
+    drawn, wanted = draw_groups(len(texts), of_group, ids, groups, np.random.default_rng(seed))
+    rows, details = _reckon(space, texts, of_group, formula, drawn, wanted, ids)
+    tables = {"groups": details}
+    if attribute is not None:
+        of_attribute, tables["texts with a vector"] = add_attribute(space, texts, attribute, scale, most, seed)
+        rows += of_attribute
+    table = pd.DataFrame(rows)
+    about = _about(space, len(texts), formula, len(drawn), wanted is not None, names, attribute, scale, seed)
+    return ProbeResult("arithmetic", about, table, tables, _panels(table, attribute))
+
+
+def expected_value(values: Sequence[int], weights: Sequence[float]) -> int:
+    """The value that a factor of Σ w z should have: the one whose weights do not cancel, if it is the only one.
+
+    Of a − b + c it is c's where a's is b's, and a's where c's is b's; of a mean it is what all share. −1 (unknown)
+    where it is left open, or where a value is.
+    """
+    if UNKNOWN in values:
+        return UNKNOWN
+    totals: dict[int, float] = {}
+    for value, weight in zip(values, weights, strict=True):
+        totals[value] = totals.get(value, 0.0) + weight
+    left = [value for value, total in totals.items() if abs(total) > 1e-9]
+    return left[0] if len(left) == 1 and totals[left[0]] > 0 else UNKNOWN
+
+
+def draw_groups(
+    number: int,
+    weights: Sequence[float],
+    ids: Int[np.ndarray, "texts factors"] | None,
+    groups: int,
+    generator: np.random.Generator,
+) -> tuple[Int[np.ndarray, "groups members"], Int[np.ndarray, "groups factors"] | None]:
+    """Random groups of different texts, and the factor values that are expected of each; of those, groups are taken
+    of which something is expected, and, where something is taken away, something else than the last text has already.
+
+    Without factors, or where no such group is found, any groups, and None.
+    """
+    drawn, wanted = [], []
+    for _ in range(_TRIES * groups):
+        rows = generator.choice(number, len(weights), replace=False)
+        if ids is None:
+            drawn.append(rows)
+        else:
+            values = np.array([expected_value(column.tolist(), weights) for column in ids[rows].T])
+            known = values != UNKNOWN
+            if known.any() and (min(weights) >= 0 or (values != ids[rows[-1]])[known].any()):
+                drawn.append(rows)
+                wanted.append(values)
+        if len(drawn) == groups:
+            break
+    if not drawn:
+        return draw_groups(number, weights, None, groups, generator)
+    return np.stack(drawn), np.stack(wanted) if wanted else None
+
+
+def first_rank(
+    query: Float[np.ndarray, " numbers"],
+    codes: Float[np.ndarray, "texts numbers"],
+    fits: np.ndarray,
+    left_out: Sequence[int] = (),
+) -> tuple[float, float]:
+    """The rank, from 1, of the text nearest to a code by the cosine among those that fit, and its expectation if the
+    order were random: (N + 1) ÷ (M + 1) for M of N that fit. NaN where none does.
+
+    Args:
+        fits: whether each text does, [texts].
+        left_out: texts that do not count, neither way.
+    """
+    counts = np.ones(len(codes), dtype=bool)
+    counts[list(left_out)] = False
+    fits = fits & counts
+    if not fits.any():
+        return float("nan"), float("nan")
+    likeness = cosines(query[None].repeat(len(codes), 0), codes)
+    best = likeness[fits].max()
+    return float(1 + (likeness[counts & ~fits] > best).sum()), float((counts.sum() + 1) / (fits.sum() + 1))
+
+
+def cosines(
+    ones: Float[np.ndarray, "rows numbers"], others: Float[np.ndarray, "rows numbers"]
+) -> Float[np.ndarray, " rows"]:
+    """Of each row with the same row of the others; 0 where one is 0."""
+    norms = np.linalg.norm(ones, axis=1) * np.linalg.norm(others, axis=1)
+    return (ones * others).sum(1) / np.where(norms > 0, norms, 1.0)
+
+
+def _weights(operation: str, weights: list[float] | None) -> tuple[float, ...]:
+    if operation not in OPERATIONS:
+        raise InputError(f"operation must be one of {', '.join(OPERATIONS)}, not {operation!r}.")
+    if (weights is None) == (operation == "weighted"):
+        raise InputError("weights are for the operation weighted, which needs them: give both or neither.")
+    found = _WEIGHTS[operation] if weights is None else tuple(map(float, weights))
+    if not found or len(found) > len(_LETTERS) or not np.isfinite(found).all() or not any(found):
+        raise InputError(f"weights are finite numbers, up to {len(_LETTERS)} and not all 0, not {list(found)}.")
+    return found
+
+
+def _names(texts: Texts, factors: list[str] | None) -> list[str]:
+    if factors is not None:
+        texts.factor_ids(factors)  # which says what is wrong with them
+        return list(dict.fromkeys(factors))
+    values = {} if texts.factors is None else {name: texts.factor(name).nunique() for name in texts.factors.columns}
+    values = {name: number for name, number in values.items() if number > 1}
+    fewest = min(values.values(), default=0)
+    found = [name for name, number in values.items() if number == fewest]
+    return found if fewest == 2 else found[:1]
+
+
+def _formula(weights: Sequence[float]) -> str:
+    parts = []
+    for place, (weight, letter) in enumerate(zip(weights, _LETTERS, strict=False)):
+        sign = ("− " if weight < 0 else "+ ") if place else ("−" if weight < 0 else "")
+        parts.append(sign + ("" if abs(weight) == 1 else f"{abs(weight):g} ") + letter)
+    return " ".join(parts)
+
+
+def _reckon(
+    space: LatentSpace,
+    texts: Texts,
+    weights: Sequence[float],
+    formula: str,
+    drawn: np.ndarray,
+    wanted: np.ndarray | None,
+    ids: np.ndarray | None,
+) -> tuple[list[dict[str, Any]], pd.DataFrame]:
+    """Figures of the operation, and the groups."""
+    codes = space.codes(texts)
+    means = space.means(texts)
+    results = []
+    for rows in drawn:
+        # of trajectories what all of them have
+        shortest = min(len(means[row]) for row in rows)
+        members = [space.standardised(means[row][:shortest]) for row in rows]
+        total = sum(weight * z for weight, z in zip(weights, members, strict=True))
+        results.append(space.from_standardised(np.asarray(total)))
+    labels = None
+    if space.model.annotation_labels is not None and texts.labels is not None:
+        labels = tuple(texts.labels[rows[-1]] for rows in drawn)
+    written = space.write(results, labels)
+    asked = np.stack([space.code(z, texts.texts[rows[-1]]) for z, rows in zip(results, drawn, strict=True)])
+    read = space.codes(Texts(tuple(written), labels))
+    details = pd.DataFrame(
+        {letter: [texts.texts[row] for row in column] for letter, column in zip(_LETTERS, drawn.T, strict=False)}
+        | {"written": written, "cosine": cosines(asked, read)}
+    )
+    figure = "cosine of the result and what is read in its text"
+    figures = [_row(figure, formula, details["cosine"])]
+    if len(drawn) > 1:
+        figures.append(_row(figure, "another group's text", cosines(asked, np.roll(read, 1, axis=0))))
+    if wanted is None or ids is None:
+        return figures, details
+    ranks = []
+    for values, rows, code in zip(wanted, drawn, asked, strict=True):
+        fits = ((ids == values) | (values == UNKNOWN)).all(1)
+        rank, chance = first_rank(code, codes, fits, rows)
+        ranks.append({"rank": rank, "alone": first_rank(codes[rows[-1]], codes, fits, rows)[0], "chance": chance})
+    found = pd.DataFrame(ranks)
+    details = details.assign(rank=found["rank"], **{"rank by chance": found["chance"]})
+    figure = "rank of the nearest text of the expected factors"
+    last = f"{_LETTERS[len(weights) - 1]} alone"
+    figures += [
+        _row(figure, how, found[name].dropna())
+        for how, name in ((formula, "rank"), (last, "alone"), ("by chance", "chance"))
+    ]
+    return figures, details
+
+
+def _row(figure: str, of: str, values: Any) -> dict[str, Any]:
+    return {
+        "figure": figure,
+        "of": of,
+        "value": float(np.mean(values)) if len(values) else np.nan,
+        "number": len(values),
+    }
+
+
+def _about(
+    space: LatentSpace,
+    number: int,
+    formula: str,
+    groups: int,
+    ranked: bool,
+    names: Sequence[str],
+    attribute: Attribute | None,
+    scale: float,
+    seed: int,
+) -> str:
+    text = (
+        f"{formula} of the posterior means of {groups:,} groups of different texts, drawn at random from {number:,} "
+        f"(seed {seed}), in prior standard deviations from the prior's mean, written greedily and read again. Cosine: of "
+        f"the result's code ({space.view}) with that of the text; beside it, with that of another group's text."
+    )
+    if space.model.latent_per_token:
+        text += " Trajectories of different lengths are cut to the shortest of a group."
+    if ranked:
+        text += (
+            f" Rank: of the nearest text, by the cosine, among all but the group's own, whose {', '.join(names)} are as "
+            "expected (a value whose weights do not cancel, if it is the only one; other factors are left open), mean; "
+            "beside it the rank by the last text alone, which a result has to beat, and that of a random order."
+        )
+    if attribute is None:
+        return text + " There is no factor with two values of at least 4 texts each, so no attribute's vector."
+    text += (
+        f" Attribute {attribute.name}: of the texts with {attribute.before!r} or {attribute.after!r} one half gives a "
+        f"vector, mean z of {attribute.after!r} less that of {attribute.before!r}, and a logistic regression of codes; "
+        f"of the other half, texts with {attribute.before!r} get {scale:g} times the vector, are written and read "
+        f"again: share that the regression takes for {attribute.after!r}. Controls: written without a vector, with "
+        f"random ones of the same length, and texts that are {attribute.after!r} themselves, written again, which is "
+        "the ceiling; accuracy is the regression's, of the other half's codes as they are."
+    )
+    if space.model.latent_per_token:
+        text += " A trajectory's mean over its positions counts, and the vector is added at each of them."
+    if space.model.annotation_labels is not None:
+        text += " Texts are written and read under the labels of the last text of a group, or their own."
+    return text
+
+
+def _panels(table: pd.DataFrame, attribute: Attribute | None) -> list[Any]:
+    panels = []
+    for figure, rows in table.groupby("figure", sort=False):
+
+        def draw(panel: Any, figure: Any = figure, rows: pd.DataFrame = rows) -> None:
+            panel.barh(rows["of"][::-1], rows["value"][::-1], color=["0.7"] * (len(rows) - 1) + ["C0"])
+            panel.set_title(figure, fontsize=10)
+
+        if len(rows) > 1:
+            panels.append(draw)
+    return panels
