@@ -1,4 +1,4 @@
-"""Vectors that carry an attribute: the mean of the latents of texts that have it, less the mean of those that do not."""
+"""Vectors that carry an attribute: the mean latent of texts that have it, less that of texts that do not."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ from latentlm.probing.texts import Texts
 
 #: of a value, so that each half has two of them
 FEWEST = 4
+#: that are tried unless one is asked for
+MOST_ATTRIBUTES = 3
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,9 @@ class Attribute:
     tried: tuple[np.ndarray, np.ndarray]
 
 
-def choose_attribute(texts: Texts, factor: str | None, seed: int) -> Attribute | None:
-    """A factor's two most frequent values; by default of the first factor with two values, or else of the first with
-    more; None where none has enough texts.
+def choose_attributes(texts: Texts, factor: str | None, seed: int) -> list[Attribute]:
+    """A factor's two most frequent values; by default of each of the first factors with two values, or else of the
+    first with more; none where none has enough texts.
 
     Raises:
         InputError: no such factor, or one without two values of four texts each.
@@ -43,12 +45,11 @@ def choose_attribute(texts: Texts, factor: str | None, seed: int) -> Attribute |
             raise InputError(
                 f"the factor {factor!r} has no two values of at least {FEWEST} texts each: give more texts, or another."
             )
-        return found
+        return [found]
     names = [] if texts.factors is None else list(texts.factors.columns)
-    for name in sorted(names, key=lambda name: texts.factor(name).nunique() != 2):
-        if (found := _attribute(texts, name, seed)) is not None:
-            return found
-    return None
+    all_found = [found for name in names if (found := _attribute(texts, name, seed)) is not None]
+    of_two = [found for found in all_found if texts.factor(found.name).nunique() == 2]
+    return of_two[:MOST_ATTRIBUTES] or all_found[:1]
 
 
 def _attribute(texts: Texts, name: str, seed: int) -> Attribute | None:

@@ -1,4 +1,4 @@
-"""Sums and differences of latents: whether a − b + c is what it should be, and whether a vector carries an attribute."""
+"""Sums and differences of latents: whether a − b + c is what it should be, and vectors that carry an attribute."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from latentlm.errors import InputError
-from latentlm.probing.attributes import Attribute, add_attribute, choose_attribute
+from latentlm.probing.attributes import Attribute, add_attribute, choose_attributes
 from latentlm.probing.result import ProbeResult
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import UNKNOWN, Texts
@@ -29,7 +29,7 @@ def arithmetic(
     factors: list[str] | None = None,
     factor: str | None = None,
     scale: float = 1.0,
-    most: int = 64,
+    most: int = 32,
     seed: int = 0,
 ) -> ProbeResult:
     """Latents reckoned with, as a − b + c, written and read again; and vectors that carry an attribute into texts.
@@ -39,9 +39,9 @@ def arithmetic(
         weights: of the texts of a group, for weighted.
         groups: how many groups of texts, drawn at random, are reckoned with.
         factors: whose values a result is expected to have; by default those of two values, or the one of the fewest.
-        factor: whose vector is added; by default the first of two values, or else the first with values enough.
+        factor: whose vector is added; by default the first three of two values, or else the first with texts enough.
         scale: how many times the vector is added.
-        most: texts to which it is added, at most.
+        most: texts to which a vector is added, at most.
         seed: of the choice of texts and of the control's vectors.
     """
     of_group = _weights(operation, weights)
@@ -49,18 +49,20 @@ def arithmetic(
         raise InputError(f"groups and most are numbers from 1 on and scale is finite, not {groups}, {most}, {scale:g}.")
     texts.first(len(of_group), "arithmetic")
     names = _names(texts, factors)
-    attribute = choose_attribute(texts, factor, seed)
+    attributes = choose_attributes(texts, factor, seed)
     formula = _formula(of_group)
     ids = texts.factor_ids(names)[0] if names else None
     drawn, wanted = draw_groups(len(texts), of_group, ids, groups, np.random.default_rng(seed))
     rows, details = _reckon(space, texts, of_group, formula, drawn, wanted, ids)
     tables = {"groups": details}
-    if attribute is not None:
-        of_attribute, tables["texts with a vector"] = add_attribute(space, texts, attribute, scale, most, seed)
+    for attribute in attributes:
+        of_attribute, changed = add_attribute(space, texts, attribute, scale, most, seed)
         rows += of_attribute
+        tables[f"texts with a vector of {attribute.name}"] = changed
     table = pd.DataFrame(rows)
-    about = _about(space, len(texts), formula, len(drawn), wanted is not None, names, attribute, scale, seed)
-    return ProbeResult("arithmetic", about, table, tables, _panels(table, attribute))
+    ranked = names if wanted is not None else []
+    about = _about(space, len(texts), formula, len(drawn), ranked, attributes, scale, seed)
+    return ProbeResult("arithmetic", about, table, tables, _panels(table))
 
 
 def expected_value(values: Sequence[int], weights: Sequence[float]) -> int:
@@ -204,29 +206,27 @@ def _reckon(
         figures.append(_row(figure, "another group's text", cosines(asked, np.roll(read, 1, axis=0))))
     if wanted is None or ids is None:
         return figures, details
+    last = f"{_LETTERS[len(weights) - 1]} alone"
     ranks = []
     for values, rows, code in zip(wanted, drawn, asked, strict=True):
         fits = ((ids == values) | (values == UNKNOWN)).all(1)
         rank, chance = first_rank(code, codes, fits, rows)
-        ranks.append({"rank": rank, "alone": first_rank(codes[rows[-1]], codes, fits, rows)[0], "chance": chance})
+        alone, _ = first_rank(codes[rows[-1]], codes, fits, rows)
+        among = np.delete(fits, rows).mean() if len(fits) > len(rows) else np.nan
+        ranks.append({formula: rank, last: alone, "by chance": chance, "share": among})
     found = pd.DataFrame(ranks)
-    details = details.assign(rank=found["rank"], **{"rank by chance": found["chance"]})
-    figure = "rank of the nearest text of the expected factors"
-    last = f"{_LETTERS[len(weights) - 1]} alone"
-    figures += [
-        _row(figure, how, found[name].dropna())
-        for how, name in ((formula, "rank"), (last, "alone"), ("by chance", "chance"))
-    ]
+    details = details.assign(rank=found[formula], **{"rank by chance": found["by chance"]})
+    found = found.dropna()
+    figure = "share whose nearest text is as expected"
+    figures += [_row(figure, how, found[how] == 1) for how in (formula, last)]
+    figures.append(_row(figure, "by chance", found["share"]))
+    figure = "median rank of the nearest text that is as expected"
+    figures += [_row(figure, how, found[how], np.median) for how in (formula, last, "by chance")]
     return figures, details
 
 
-def _row(figure: str, of: str, values: Any) -> dict[str, Any]:
-    return {
-        "figure": figure,
-        "of": of,
-        "value": float(np.mean(values)) if len(values) else np.nan,
-        "number": len(values),
-    }
+def _row(figure: str, of: str, values: Any, mean: Any = np.mean) -> dict[str, Any]:
+    return {"figure": figure, "of": of, "value": float(mean(values)) if len(values) else np.nan, "number": len(values)}
 
 
 def _about(
@@ -234,34 +234,34 @@ def _about(
     number: int,
     formula: str,
     groups: int,
-    ranked: bool,
-    names: Sequence[str],
-    attribute: Attribute | None,
+    ranked: Sequence[str],
+    attributes: Sequence[Attribute],
     scale: float,
     seed: int,
 ) -> str:
     text = (
         f"{formula} of the posterior means of {groups:,} groups of different texts, drawn at random from {number:,} "
-        f"(seed {seed}), in prior standard deviations from the prior's mean, written greedily and read again. Cosine: of "
-        f"the result's code ({space.view}) with that of the text; beside it, with that of another group's text."
+        f"(seed {seed}), in prior standard deviations from the prior's mean, written greedily and read again. Cosine: "
+        f"of the result's code ({space.view}) with that of the text, mean; beside it, with another group's text."
     )
     if space.model.latent_per_token:
         text += " Trajectories of different lengths are cut to the shortest of a group."
     if ranked:
         text += (
-            f" Rank: of the nearest text, by the cosine, among all but the group's own, whose {', '.join(names)} are as "
-            "expected (a value whose weights do not cancel, if it is the only one; other factors are left open), mean; "
-            "beside it the rank by the last text alone, which a result has to beat, and that of a random order."
+            f" As expected is a text whose {', '.join(ranked)} are (values whose weights do not cancel, where one value "
+            "is left; otherwise a factor is left open). Nearest: by the cosine of codes, among all but the group's own "
+            "texts. Beside it the same by the last text alone, which a result has to beat (Linzen 2016), and by chance: "
+            "the share of texts that are as expected, and the mean rank of the first of them in a random order."
         )
-    if attribute is None:
-        return text + " There is no factor with two values of at least 4 texts each, so no attribute's vector."
+    if not attributes:
+        return text + " There is no factor with two values of at least 4 texts each, so no vector of an attribute."
     text += (
-        f" Attribute {attribute.name}: of the texts with {attribute.before!r} or {attribute.after!r} one half gives a "
-        f"vector, mean z of {attribute.after!r} less that of {attribute.before!r}, and a logistic regression of codes; "
-        f"of the other half, texts with {attribute.before!r} get {scale:g} times the vector, are written and read "
-        f"again: share that the regression takes for {attribute.after!r}. Controls: written without a vector, with "
-        f"random ones of the same length, and texts that are {attribute.after!r} themselves, written again, which is "
-        "the ceiling; accuracy is the regression's, of the other half's codes as they are."
+        " Attributes: of the texts with a factor's two most frequent values, one half gives a vector, the mean z of the "
+        "second value less that of the first, and a logistic regression of codes; of the other half, texts with the "
+        f"first value get {scale:g} times the vector, are written and read again: share that the regression takes for "
+        "the second. Controls: written without a vector; with random ones of the same length; and texts that have the "
+        "second value themselves, written and read again, which is the ceiling. Accuracy: the regression's, of the "
+        "codes of the other half as they are, beside that of always the more frequent value."
     )
     if space.model.latent_per_token:
         text += " A trajectory's mean over its positions counts, and the vector is added at each of them."
@@ -270,7 +270,7 @@ def _about(
     return text
 
 
-def _panels(table: pd.DataFrame, attribute: Attribute | None) -> list[Any]:
+def _panels(table: pd.DataFrame) -> list[Any]:
     panels = []
     for figure, rows in table.groupby("figure", sort=False):
 
@@ -278,6 +278,6 @@ def _panels(table: pd.DataFrame, attribute: Attribute | None) -> list[Any]:
             panel.barh(rows["of"][::-1], rows["value"][::-1], color=["0.7"] * (len(rows) - 1) + ["C0"])
             panel.set_title(figure, fontsize=10)
 
-        if len(rows) > 1:
+        if not str(figure).startswith("accuracy"):
             panels.append(draw)
     return panels
