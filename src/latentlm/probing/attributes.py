@@ -14,6 +14,8 @@ from latentlm.probing.texts import Texts
 FEWEST = 4
 #: that are tried unless one is asked for
 MOST_ATTRIBUTES = 3
+#: how the name of a figure begins
+SHARE = "share read as "
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,14 @@ def add_attribute(
             lacking,
             [latents[row] + scale * random for row, random in zip(lacking, randoms, strict=True)],
         ),
-        f"texts with {attribute.after!r}": (having, [latents[row] for row in having]),
+        "texts that have it": (having, [latents[row] for row in having]),
     }
-    figure = f"share read as {attribute.name} = {attribute.after!r}"
-    rows, written = [], {"text": [texts.texts[row] for row in lacking]}
+    figure = f"{SHARE}{attribute.name} = {attribute.after}"
+    rows: list[dict[str, Any]] = []
+    written: dict[str, Any] = {
+        "attribute": f"{attribute.name}: {attribute.before} → {attribute.after}",
+        "text": [texts.texts[row] for row in lacking],
+    }
     for how, (places, moved) in changed.items():
         labels = None
         if space.model.annotation_labels is not None and texts.labels is not None:

@@ -99,12 +99,12 @@ class LatentSpace:
                 raise InputError(f"the latent of {unknown.texts[row][:60]!r} is not finite: the model has diverged.")
             self._known[key] = mean, variance
 
-    def means(self, texts: Texts) -> list[Float[np.ndarray, " *event"]]:
+    def means(self, texts: Texts) -> list[Float[np.ndarray, "..."]]:
         """The mean of q(z | x) of each text, in the model's own units; of trajectories each has its own length."""
         self.infer(texts)
         return [self._known[key][0] for key in self._keys(texts)]
 
-    def variances(self, texts: Texts) -> list[Float[np.ndarray, " *event"]]:
+    def variances(self, texts: Texts) -> list[Float[np.ndarray, "..."]]:
         """The variance of q(z | x) of each text."""
         self.infer(texts)
         return [self._known[key][1] for key in self._keys(texts)]
@@ -153,7 +153,7 @@ class LatentSpace:
 
     def write(
         self,
-        latents: Sequence[Float[np.ndarray, " *event"]],
+        latents: Sequence[Float[np.ndarray, "..."]],
         labels: Sequence[Sequence[str]] | None = None,
         max_new_tokens: int | None = None,
     ) -> list[str]:

@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from latentlm.errors import InputError
-from latentlm.probing.attributes import Attribute, add_attribute, choose_attributes
+from latentlm.probing.attributes import SHARE, Attribute, add_attribute, choose_attributes
 from latentlm.probing.result import ProbeResult
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import UNKNOWN, Texts
@@ -55,10 +55,11 @@ def arithmetic(
     drawn, wanted = draw_groups(len(texts), of_group, ids, groups, np.random.default_rng(seed))
     rows, details = _reckon(space, texts, of_group, formula, drawn, wanted, ids)
     tables = {"groups": details}
-    for attribute in attributes:
-        of_attribute, changed = add_attribute(space, texts, attribute, scale, most, seed)
+    changed = [add_attribute(space, texts, attribute, scale, most, seed) for attribute in attributes]
+    if changed:
+        tables["texts with a vector"] = pd.concat([written for _, written in changed], ignore_index=True)
+    for of_attribute, _ in changed:
         rows += of_attribute
-        tables[f"texts with a vector of {attribute.name}"] = changed
     table = pd.DataFrame(rows)
     ranked = names if wanted is not None else []
     about = _about(space, len(texts), formula, len(drawn), ranked, attributes, scale, seed)
@@ -248,15 +249,15 @@ def _about(
         text += " Trajectories of different lengths are cut to the shortest of a group."
     if ranked:
         text += (
-            f" As expected is a text whose {', '.join(ranked)} are (values whose weights do not cancel, where one value "
-            "is left; otherwise a factor is left open). Nearest: by the cosine of codes, among all but the group's own "
-            "texts. Beside it the same by the last text alone, which a result has to beat (Linzen 2016), and by chance: "
-            "the share of texts that are as expected, and the mean rank of the first of them in a random order."
+            f" As expected is a text whose {', '.join(ranked)} are (values whose weights do not cancel, where one is "
+            "left; otherwise a factor is left open). Nearest: by the cosine of codes, among all but the group's own "
+            "texts. Beside it the same by the last text alone, which a result has to beat (Linzen 2016), and by "
+            "chance, the share of texts that are as expected, and the mean rank of the first in a random order."
         )
     if not attributes:
         return text + " There is no factor with two values of at least 4 texts each, so no vector of an attribute."
     text += (
-        " Attributes: of the texts with a factor's two most frequent values, one half gives a vector, the mean z of the "
+        " Attributes: of the texts with a factor's two most frequent values, one half gives a vector, mean z of the "
         "second value less that of the first, and a logistic regression of codes; of the other half, texts with the "
         f"first value get {scale:g} times the vector, are written and read again: share that the regression takes for "
         "the second. Controls: written without a vector; with random ones of the same length; and texts that have the "
@@ -272,12 +273,32 @@ def _about(
 
 def _panels(table: pd.DataFrame) -> list[Any]:
     panels = []
-    for figure, rows in table.groupby("figure", sort=False):
+    of_attribute = table["figure"].str.startswith(SHARE)
+    for figure, rows in table[~of_attribute & ~table["figure"].str.startswith("accuracy")].groupby(
+        "figure", sort=False
+    ):
 
         def draw(panel: Any, figure: Any = figure, rows: pd.DataFrame = rows) -> None:
             panel.barh(rows["of"][::-1], rows["value"][::-1], color=["0.7"] * (len(rows) - 1) + ["C0"])
+            if "rank" in figure:
+                panel.set_xscale("log")
+                panel.set_xlim(left=0.8)
+                panel.xaxis.set_major_formatter("{x:g}")
+                panel.xaxis.set_minor_formatter("")
             panel.set_title(figure, fontsize=10)
 
-        if not str(figure).startswith("accuracy"):
-            panels.append(draw)
+        panels.append(draw)
+    if of_attribute.any():
+        panels.append(lambda panel: _draw_attributes(panel, table[of_attribute]))
     return panels
+
+
+def _draw_attributes(panel: Any, shares: pd.DataFrame) -> None:
+    hows = list(dict.fromkeys(shares["of"]))
+    figures = list(dict.fromkeys(shares["figure"]))
+    for place, (how, colour) in enumerate(zip(hows, ("C0", "0.75", "0.5", "C2"), strict=True)):
+        values = shares[shares["of"] == how].set_index("figure")["value"].reindex(figures)
+        panel.bar(np.arange(len(figures)) + 0.2 * (place - 1.5), values, 0.19, color=colour, label=how)
+    panel.set_xticks(range(len(figures)), [figure.removeprefix(SHARE) for figure in figures])
+    panel.set(title=SHARE, ylim=(0, 1.25))
+    panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")

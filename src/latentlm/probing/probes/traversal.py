@@ -58,7 +58,7 @@ def traversal(
     chosen = list(np.argsort(-spread, kind="stable")[:MOST_DIMENSIONS]) if dimensions is None else dimensions
     if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= dimension < size for dimension in chosen):
         raise InputError(f"dimensions are different numbers from 0 to {size - 1} for this model, not {chosen}.")
-    shares = np.linspace(low, high, steps)
+    shares = np.linspace(low, high, steps).round(12)
     generator = np.random.default_rng(seed)
     values = _values(space, texts, shares, over, generator)
     rows, moved, control = [], [], []
