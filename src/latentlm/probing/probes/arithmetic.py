@@ -211,8 +211,8 @@ def _reckon(
     ranks = []
     for values, rows, code in zip(wanted, drawn, asked, strict=True):
         fits = ((ids == values) | (values == UNKNOWN)).all(1)
-        rank, chance = first_rank(code, codes, fits, rows)
-        alone, _ = first_rank(codes[rows[-1]], codes, fits, rows)
+        rank, chance = first_rank(code, codes, fits, rows.tolist())
+        alone, _ = first_rank(codes[rows[-1]], codes, fits, rows.tolist())
         among = np.delete(fits, rows).mean() if len(fits) > len(rows) else np.nan
         ranks.append({formula: rank, last: alone, "by chance": chance, "share": among})
     found = pd.DataFrame(ranks)
