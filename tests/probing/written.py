@@ -18,14 +18,18 @@ _OPTIONS = {
 
 
 @functools.cache
-def _model(family, **changes):
+def _model(family):
+    return _made(family)
+
+
+def _made(family, **changes):
     return moved(small_model(family, **{"eos_token_id": EOS, **_OPTIONS.get(family, {}), **changes}))
 
 
-def space_of(family, **options):
+def space_of(family, changes=None, **options):
     """The latent space of a family's small model, whose latents matter and whose prior is, for LTM, its own."""
-    changes = options.pop("changes", {})
-    return LatentSpace(_model(family, **changes), load_tokenizer(pretrained_part("gpt2")), **options)
+    model = _made(family, **changes) if changes else _model(family)
+    return LatentSpace(model, load_tokenizer(pretrained_part("gpt2")), **options)
 
 
 def some_texts(number, *, seed=0, lengths=(1, 9)):
@@ -47,3 +51,24 @@ def saved(family, folder, texts):
     (folder / "texts.txt").write_text("\n".join(texts.texts) + "\n", encoding="utf-8")
     texts.factors.to_csv(folder / "factors.csv", index=False)
     return [str(folder / "model"), "--data", str(folder / "texts.txt"), "--factor-table", str(folder / "factors.csv")]
+
+
+def labelled(texts):
+    """The same texts with a label, A or B, for each word, and what `conditional_space` knows."""
+    labels = tuple(
+        tuple("AB"[(row + place) % 2] for place in range(len(text.split()))) for row, text in enumerate(texts.texts)
+    )
+    return Texts(texts.texts, labels, texts.factors)
+
+
+def conditional_space(monkeypatch):
+    """A space of a conditional model, and a list of the labels that each call of `write` is given."""
+    space = space_of("lang_vae", changes={"annotation_labels": ["A", "B"]})
+    given, write = [], space.write
+
+    def noticing(latents, labels=None, *rest):
+        given.append(labels)
+        return write(latents, labels, *rest)
+
+    monkeypatch.setattr(space, "write", noticing)
+    return space, given

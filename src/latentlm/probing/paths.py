@@ -20,7 +20,7 @@ def linear(
 def spherical(
     a: Float[np.ndarray, " *event"], b: Float[np.ndarray, " *event"], share: float
 ) -> Float[np.ndarray, " *event"]:
-    """The direction turns evenly from a's to b's in the plane of both (Shoemake 1985, section 3.3, slerp), and the norm
+    """The direction turns evenly from a's to b's in the plane of both (Shoemake 1985, slerp), and the norm
     goes evenly from the one to the other (White 2016, arXiv 1609.04468, has it for latents of a Gaussian prior).
 
     Opposite vectors leave the plane open: the way is over the axis that is the most across. Where there is no direction

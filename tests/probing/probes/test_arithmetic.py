@@ -9,7 +9,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from tests.command import assert_one_sentence, run
-from tests.probing.written import WRITING, saved, some_texts, space_of
+from tests.probing.written import WRITING, conditional_space, labelled, saved, some_texts, space_of
 from tests.training.runs import unchecked
 
 from latentlm import InputError
@@ -178,6 +178,16 @@ def test_texts_without_factors_and_few(family):
 def test_one_part_is_read(family, part):
     result = arithmetic(space_of(family, part=part), TEXTS, groups=4, most=3)
     assert f" {part}" in result.about and result.table["value"].notna().all()
+
+
+def test_texts_of_a_conditional_model_are_written_and_read_under_labels(monkeypatch):
+    space, given = conditional_space(monkeypatch)
+    texts = labelled(TEXTS)
+    result = arithmetic(space, texts, groups=3, most=2)
+    of = dict(zip(texts.texts, texts.labels, strict=True))
+    assert given[0] == tuple(of[text] for text in result.details["groups"]["c"])
+    assert given[1] == tuple(of[text] for text in result.details["texts with a vector"]["text"])
+    assert "under the labels" in result.about
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 from tests.command import assert_one_sentence, run
-from tests.probing.written import WRITING, saved, some_texts, space_of
+from tests.probing.written import WRITING, conditional_space, labelled, saved, some_texts, space_of
 from tests.toy import pretrained_part
 from tests.training.runs import unchecked
 
@@ -145,6 +145,14 @@ def test_equal_texts_of_one_word():
         assert (straight["different texts"] == 1).all() and (straight["that move"] == 0).all()
         result.json()
         result.figure()
+
+
+def test_steps_of_a_conditional_model_are_written_under_the_nearer_texts_labels(monkeypatch):
+    space, given = conditional_space(monkeypatch)
+    texts = labelled(TEXTS)
+    result = interpolation(space, texts, paths=["linear"], pairs=1, steps=4)
+    a, b = texts.labels[:2]
+    assert given == [[a, a, b, b, b]] and "labels of the nearer text" in result.about
 
 
 @pytest.mark.parametrize(

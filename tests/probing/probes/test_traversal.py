@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 from tests.command import assert_one_sentence, run
-from tests.probing.written import WRITING, saved, some_texts, space_of
+from tests.probing.written import WRITING, conditional_space, labelled, saved, some_texts, space_of
 from tests.training.runs import unchecked
 
 from latentlm import InputError
@@ -123,6 +123,15 @@ def test_a_single_text_of_one_word():
         result = traversal(space_of(family), Texts(("w3",)), starts=1)
         assert len(result.table) == 4
         assert family == "gp_vae" or result.table["spread"].max() < 1e-6  # positions differ, one text does not
+
+
+def test_texts_of_a_conditional_model_are_written_under_their_labels(monkeypatch):
+    space, given = conditional_space(monkeypatch)
+    texts = labelled(TEXTS)
+    traversal(space, texts, steps=2, starts=2, dimensions=[0, 1])
+    assert given == [[texts.labels[0]] * 4 + [texts.labels[1]] * 4] * 2
+    with pytest.raises(InputError, match="conditional: give the labels"):
+        traversal(space, TEXTS)
 
 
 @pytest.mark.parametrize(
