@@ -114,6 +114,58 @@ def cosine(one, other):
     return float(one @ other / np.linalg.norm(one) / np.linalg.norm(other))
 
 
+def test_figures_are_those_of_a_slow_search():
+    """Each figure of analogies again, one text at a time, from the groups that were drawn."""
+    space, texts = space_of("gpt_vae"), some_texts(60, seed=4)
+    texts = texts.select([row for row, text in enumerate(texts.texts) if text not in texts.texts[:row]])
+    result = arithmetic(space, texts, groups=12, factors=["w3", "length"], most=1)
+    groups, codes = result.details["groups"], dict(zip(texts.texts, space.codes(texts), strict=True))
+    facts = dict(zip(texts.texts, zip(texts.factor("w3"), texts.factor("length"), strict=True), strict=True))
+    read = space.codes(Texts(tuple(groups["written"])))
+    found = {"own": [], "c": [], "chance": [], "rank": [], "others": []}
+    for place, (a, b, c) in enumerate(groups[["a", "b", "c"]].itertuples(index=False)):
+        asked = codes[a] - codes[b] + codes[c]
+        wanted = []
+        for x, y, z in zip(facts[a], facts[b], facts[c], strict=True):
+            wanted.append(z if x == y else x if z == y else None)
+        others = [text for text in texts.texts if text not in (a, b, c)]
+        fits = {
+            text: all(w is None or w == fact for w, fact in zip(wanted, facts[text], strict=True)) for text in others
+        }
+        if not any(fits.values()):
+            continue
+        ranked = sorted(others, key=lambda text: -cosine(asked, codes[text]))
+        found["own"].append(fits[ranked[0]])
+        found["rank"].append(1 + [fits[text] for text in ranked].index(True))
+        found["c"].append(fits[max(others, key=lambda text: cosine(codes[c], codes[text]))])
+        found["chance"].append(np.mean(list(fits.values())))
+        assert groups["rank"][place] == found["rank"][-1]
+    for place in range(len(groups)):
+        a, b, c = groups.loc[place, ["a", "b", "c"]]
+        found["others"].append(cosine(codes[a] - codes[b] + codes[c], read[place - 1]))
+    table = result.table.set_index(["figure", "of"])["value"]
+    figure = "share whose nearest text is as expected"
+    assert table[figure, "a − b + c"] == pytest.approx(np.mean(found["own"]))
+    assert table[figure, "c alone"] == pytest.approx(np.mean(found["c"]))
+    assert table[figure, "by chance"] == pytest.approx(np.mean(found["chance"]))
+    assert table["median rank of the nearest text that is as expected", "a − b + c"] == np.median(found["rank"])
+    figure = "cosine of the result and what is read in its text"
+    assert table[figure, "another group's text"] == pytest.approx(np.mean(found["others"]), abs=1e-5)
+    assert table[figure, "another group's text"] != pytest.approx(table[figure, "a − b + c"], abs=1e-3)
+
+
+def test_a_trajectory_gets_the_vector_at_each_position(monkeypatch):
+    space = space_of("gp_vae")
+    (attribute,) = choose_attributes(TEXTS, "w3", seed=0)
+    given, write = [], space.write
+    monkeypatch.setattr(space, "write", lambda latents, *rest: given.append(latents) or write(latents, *rest))
+    add_attribute(space, TEXTS, attribute, 1.0, 4, 0)
+    means = space.means(TEXTS)
+    after, before = (np.mean([means[row].mean(0) for row in attribute.learn[value]], axis=0) for value in (1, 0))
+    for z, plain in zip(given[0], given[1], strict=True):
+        np.testing.assert_allclose(z - plain, np.tile(after - before, (len(z), 1)), atol=1e-5)
+
+
 def test_weights_of_one_text_give_it_back():
     space = space_of("gpt_vae")
     result = arithmetic(space, TEXTS, operation="weighted", weights=[1.0], groups=5, factors=["w3"])

@@ -12,6 +12,7 @@ from tests.training.runs import unchecked
 
 from latentlm import InputError
 from latentlm.probing import Texts
+from latentlm.probing.distances import TextDistance
 from latentlm.probing.probes.interpolation import _way, interpolation, monotonicity, quality, smoothness
 
 TEXTS = some_texts(8)
@@ -129,6 +130,23 @@ def test_controls_fall_where_the_order_matters():
     assert table["that move"] > 2
     assert table["smoothness"] > table["smoothness, shuffled"]
     assert table["monotonicity"] > table["monotonicity, shuffled"]
+
+
+def test_figures_of_a_path_and_of_another_pairs_steps():
+    space = space_of("gpt_vae")
+    details = interpolation(space, TEXTS, pairs=3, steps=4, paths=["spherical"]).details
+    steps, measure = details["steps of each path"], TextDistance(space)
+    for pair in range(3):
+        ends = list(TEXTS.texts[2 * pair : 2 * pair + 2])
+        row = details["figures of each path"].iloc[pair]
+        own, other = (steps.loc[steps["pair"] == place, "text"].tolist() for place in (pair, (pair + 1) % 3))
+        for name, some in (("quality", own), ("quality, another pair's", other)):
+            apart = measure.between(ends[:1], ends[1:])[0, 0]
+            expected = np.mean([apart / measure.between([text], ends).sum() for text in some[1:-1]])
+            assert row[name] == pytest.approx(expected)
+        assert row["different texts"] == len(set(own))
+        if len(set(own)) > 1:
+            assert row["smoothness"] == pytest.approx(smoothness(measure.between(own, own)))
 
 
 def test_a_sentence_encoder_measures_instead():

@@ -85,9 +85,12 @@ def test_the_dimensions_that_vary_most_are_taken():
     np.testing.assert_allclose(result.table["spread"], np.sort(spread)[::-1][:4], rtol=1e-5)
 
 
-def test_the_posteriors_quantiles_are_those_of_their_mixture():
+@pytest.mark.parametrize("variance", [None, 9.0])
+def test_the_posteriors_quantiles_are_those_of_their_mixture(variance, monkeypatch):
     space = space_of("gpt_vae")
     texts = some_texts(800)
+    if variance is not None:
+        monkeypatch.setattr(space, "variances", lambda texts: [np.full(6, variance)] * len(texts))
     values = traversal(space, texts, over="posterior", dimensions=[2], steps=3, low=0.1, high=0.9, starts=1)
     found = values.details["texts that were written"]["value"].to_numpy()
     means = np.array([space.standardised(z)[2] for z in space.means(texts)])
