@@ -251,7 +251,7 @@ def _about(
         text += (
             f" As expected is a text whose {', '.join(ranked)} are (values whose weights do not cancel, where one is "
             "left; otherwise a factor is left open). Nearest: by the cosine of codes, among all but the group's own "
-            "texts. Beside it the same by the last text alone, which a result has to beat (Linzen 2016), and by "
+            "texts. Beside it the same by the last text alone, which a difference has to beat (Linzen 2016), and by "
             "chance, the share of texts that are as expected, and the mean rank of the first in a random order."
         )
     if not attributes:
@@ -272,7 +272,7 @@ def _about(
 
 
 def _panels(table: pd.DataFrame) -> list[Any]:
-    panels = []
+    panels: list[Any] = []
     of_attribute = table["figure"].str.startswith(SHARE)
     for figure, rows in table[~of_attribute & ~table["figure"].str.startswith("accuracy")].groupby(
         "figure", sort=False
