@@ -116,6 +116,19 @@ class LatentSpace:
         centre, scale = self._prior(len(mean))
         return (mean - centre) / scale
 
+    def from_standardised(self, z: Float[np.ndarray, " *event"]) -> Float[np.ndarray, " *event"]:
+        """The latent of so many prior standard deviations from the prior's mean: what undoes `standardised`."""
+        centre, scale = self._prior(len(z))
+        return centre + scale * z
+
+    def code(self, mean: Float[np.ndarray, " *event"], text: str = "") -> Float[np.ndarray, " numbers"]:
+        """A latent as one row of numbers, as `codes` has those of texts.
+
+        Args:
+            text: named where it lacks the position that is asked for.
+        """
+        return self._code(self.standardised(mean), text).astype(np.float64)
+
     def _prior(self, length: int) -> tuple[np.ndarray, np.ndarray]:
         with torch.no_grad():
             prior = self.model.prior(1, length)
