@@ -15,7 +15,7 @@ def perfect(texts: int = 400) -> tuple[np.ndarray, dict[str, list]]:
     """A code with one dimension for each of two factors."""
     generator = np.random.default_rng(0)
     mood, tense = generator.integers(0, 2, texts), generator.integers(0, 3, texts)
-    codes = np.stack([mood, tense], 1) + 0.01 * generator.standard_normal((texts, 2))
+    codes = np.stack([3.0 * mood - 1, -tense], 1)
     return codes, {"mood": [f"mood {value}" for value in mood], "tense": [f"tense {value}" for value in tense]}
 
 
@@ -56,8 +56,11 @@ def test_some_factors_alone():
     codes, factors = perfect()
     space, texts = worlds.given(codes, factors | {"one": ["same"] * len(codes)})
     assert "mood, tense" in disentanglement(space, texts, factors=["mood", "tense"], seeds=1).about
+    assert (
+        "mood, tense, of each" in disentanglement(space, texts, seeds=1).about
+    )  # of which all texts have one is left out
     with pytest.raises(InputError, match="'one' has a single value"):
-        disentanglement(space, texts, seeds=1)
+        disentanglement(space, texts, factors=["mood", "one"], seeds=1)
     with pytest.raises(InputError, match="there is no factor 'voice': there are mood, tense, one"):
         disentanglement(space, texts, factors=["voice", "mood"])
     with pytest.raises(InputError, match="seeds must be at least 1"):

@@ -23,6 +23,7 @@ def disentanglement(
     Args:
         factors: which, at least two; by default all.
         seeds: how many; each draws splits, pairs, trees and the shuffled factors anew.
+        seed: the first of them.
     """
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, not {seeds}.")
