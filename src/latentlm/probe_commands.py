@@ -62,7 +62,7 @@ def _all(
         space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings, pool,
                               part, batch_size, seed)  # fmt: skip
         results, skipped = probe_all(
-            space, texts, output=output, title=f"Probes of {model}", on_probe=lambda name: _say(f"{name} …")
+            space, texts, output=output, title=f"Probes of {Path(model).name}", on_probe=lambda name: _say(f"{name} …")
         )
     for name, why in skipped.items():
         _say(f"{name} was not run: {why}")

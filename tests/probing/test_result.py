@@ -145,10 +145,10 @@ def test_points_in_one_place(points):
 def test_rare_groups_share_a_colour():
     groups = [f"g{place}" for place in range(MOST_GROUPS + 2) for _ in range(20 - place)]
     colours, legend = scatter(texts=groups, groups=groups, points=np.zeros((len(groups), 2))).colours()
-    assert list(legend) == [*(f"g{place}" for place in range(MOST_GROUPS - 1)), "other"]
+    assert list(legend) == [*(f"g{place}" for place in range(MOST_GROUPS)), "other"]
     of_group = dict(zip(groups, colours, strict=True))
     assert of_group[f"g{MOST_GROUPS}"] == of_group[f"g{MOST_GROUPS + 1}"] == legend["other"]
-    assert len(set(colours)) == MOST_GROUPS
+    assert len(set(colours)) == MOST_GROUPS + 1
 
 
 def test_as_many_groups_as_colours_need_no_other():

@@ -7,7 +7,7 @@ from latentlm.probing.result import ProbeResult
 
 _STYLE = """
 body { font: 15px/1.45 Georgia, serif; max-width: 980px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1, h2, figcaption, th, summary, nav { font-family: system-ui, sans-serif }
+h1 { overflow-wrap: anywhere } h1, h2, figcaption, th, summary, nav { font-family: system-ui, sans-serif }
 h2 { margin-top: 2.2em; border-bottom: 1px solid #ccc }
 table { border-collapse: collapse; margin: 1em 0; font-size: 13px }
 th, td { padding: 2px 10px 2px 0; text-align: left; vertical-align: top } thead th { border-bottom: 1px solid #888 }

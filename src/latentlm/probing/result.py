@@ -18,10 +18,11 @@ from latentlm.files import make_folder, whole_file
 
 Draw = Callable[[Any], None]
 _COLOURS = (
-    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#4d4d4d",
 )  # fmt: skip
 #: more groups than this share a colour that says "other"
 MOST_GROUPS = len(_COLOURS)
+_OTHER = "#d0d0d0"
 _ROWS_SHOWN = 40
 _DPI = 110
 # dollar signs in texts and names are dollar signs
@@ -47,16 +48,17 @@ class Scatter:
     def colours(self) -> tuple[list[str], dict[str, str]]:
         """The colour of each point, and the legend: group → colour."""
         counts = pd.Series(list(self.groups)).value_counts(sort=True)
-        own = list(counts.index[: MOST_GROUPS if len(counts) <= MOST_GROUPS else MOST_GROUPS - 1])
+        own = list(counts.index[:MOST_GROUPS])
         legend = dict(zip(map(str, own), _COLOURS, strict=False))
         if len(counts) > len(own):
-            legend["other"] = _COLOURS[-1]
-        return [legend.get(str(group), _COLOURS[-1]) for group in self.groups], legend
+            legend["other"] = _OTHER
+        return [legend.get(str(group), _OTHER) for group in self.groups], legend
 
     def draw(self, panel: Any) -> None:
         """Draws on matplotlib axes."""
         colours, legend = self.colours()
-        panel.scatter(*self.points.T, c=colours, s=6, linewidths=0, alpha=0.7)
+        order = sorted(range(len(colours)), key=lambda row: colours[row] != _OTHER)  # the many others stay behind
+        panel.scatter(*self.points[order].T, c=[colours[row] for row in order], s=6, linewidths=0, alpha=0.7)
         for name, colour in legend.items():
             panel.scatter([], [], c=colour, s=16, label=name)
         panel.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
@@ -69,7 +71,9 @@ class Scatter:
         circles = "".join(
             f'<circle cx="{x:.1f}" cy="{_SIDE - y:.1f}" r="2.5" fill="{colour}"><title>{html.escape(str(group))}: '
             f"{html.escape(text)}</title></circle>"
-            for (x, y), colour, group, text in zip(places, colours, self.groups, self.texts, strict=True)
+            for (x, y), colour, group, text in sorted(
+                zip(places.tolist(), colours, self.groups, self.texts, strict=True), key=lambda one: one[1] != _OTHER
+            )
         )
         names = " ".join(
             f'<span class="key"><i style="background:{colour}"></i>{html.escape(name)}</span>'

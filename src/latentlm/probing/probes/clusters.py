@@ -14,7 +14,7 @@ from latentlm.probing.texts import UNKNOWN, Texts
 
 METHODS = ("pca", "tsne", "umap")
 #: beyond so many texts the picture and the silhouette are of the first ones
-MOST_DRAWN = 3000
+MOST_DRAWN = 2000
 
 
 def clusters(
@@ -24,6 +24,7 @@ def clusters(
     factors: list[str] | None = None,
     method: str = "tsne",
     k: int = 10,
+    pictures: int = 6,
     seed: int = 0,
 ) -> ProbeResult:
     """Whether texts of one value of a factor lie together: silhouette, purity of neighbours, and a picture.
@@ -32,6 +33,7 @@ def clusters(
         factors: which; by default all.
         method: pca, tsne or umap (needs umap-learn), of the picture alone.
         k: neighbours for the purity.
+        pictures: at most so many, of the factors whose purity is furthest above that of shuffled values.
         seed: of the picture and of the shuffled values.
     """
     ids, names = texts.factor_ids(factors)
@@ -52,17 +54,20 @@ def clusters(
     drawn = range(min(len(texts), MOST_DRAWN))
     plane = project(codes[: len(drawn)], method, seed)
     shown = [texts.texts[row] for row in drawn]
+    gains = [row["purity"] - row["purity, shuffled"] for row in rows]
+    clearest = sorted(range(len(names)), key=lambda place: -gains[place])[:pictures]
     scatters = [
         Scatter(
             plane, shown, texts.factor(name).fillna("unknown").astype(str).tolist()[: len(drawn)], f"{name}, {method}"
         )
-        for name in names
+        for name in (names[place] for place in clearest)
     ]
     about = (
         f"{len(texts):,} texts, {space.view}, in prior standard deviations. Silhouette (Rousseeuw 1987; Euclidean; of "
         f"the first {MOST_DRAWN:,}): −1 to 1, by the latent's own numbers, not by the picture's. Purity: share of the "
         f"{k} nearest texts that have the same value. Beside each, the same with values shuffled among the texts. Only "
-        f"the 12 most frequent values count. Picture: {method} of the first {len(drawn):,}, seed {seed}."
+        f"the 12 most frequent values count. Pictures: {method} of the first {len(drawn):,}, seed {seed}, of the "
+        f"{len(clearest)} factors with the clearest purity."
     )
     return ProbeResult("clusters", about, pd.DataFrame(rows), scatters=scatters)
 

@@ -54,8 +54,8 @@ def disentanglement(
             at = [row + place * width for row in range(len(table))]
             panel.bar(at, table[code], width, yerr=table[f"{code}, s.d."].fillna(0.0), label=code)
         panel.set_xticks([row + 0.4 - width / 2 for row in range(len(table))], table["metric"], rotation=35, ha="right")
-        panel.set(ylim=(0, 1.05), title=f"disentanglement, {len(texts):,} texts")
-        panel.legend(frameon=False, fontsize=7)
+        panel.set(ylim=(0, 1.2), title=f"disentanglement, {len(texts):,} texts")
+        panel.legend(frameon=False, fontsize=7, ncols=len(shown), loc="upper center")
 
     return ProbeResult("disentanglement", about, table, {"scores": scores}, panels=[draw])
 
