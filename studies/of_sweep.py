@@ -8,10 +8,12 @@ import yaml
 
 
 def models(sweep: Path, settings: Sequence[str]) -> Iterator[tuple[dict[str, Any], Path]]:
-    """Each model's settings (as `model.beta`; None where its recipe is silent), and its folder; seeds in order."""
+    """The settings of each model that is trained and scored (as `model.beta`; None where its recipe is silent), and its
+    folder; seeds in order.
+    """
     found = []
-    for file in sweep.glob("*/recipe.yaml"):
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for file in sweep.glob("*/scores.json"):
+        recipe = yaml.safe_load((file.parent / "recipe.yaml").read_text(encoding="utf-8"))
         values = {}
         for name in settings:
             section, key = name.split(".", 1)

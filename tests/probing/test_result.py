@@ -151,6 +151,13 @@ def test_rare_groups_share_a_colour():
     assert len(set(colours)) == MOST_GROUPS + 1
 
 
+def test_what_is_unknown_has_no_colour_of_its_own():
+    groups = ["a", None, "b", None, None, "a"]
+    colours, legend = scatter(texts=list("uvwxyz"), groups=groups, points=np.zeros((6, 2))).colours()
+    assert list(legend) == ["a", "b", "unknown"]
+    assert [colour == legend["unknown"] for colour in colours] == [group is None for group in groups]
+
+
 def test_as_many_groups_as_colours_need_no_other():
     groups = [f"g{place}" for place in range(MOST_GROUPS)]
     colours, legend = scatter(texts=groups, groups=groups, points=np.zeros((MOST_GROUPS, 2))).colours()

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,23 +37,22 @@ class Scatter:
 
     Args:
         points: [texts, 2].
-        groups: a name for each, which is its colour. The most frequent have one of their own.
+        groups: a name for each, which is its colour; None where it is unknown. The most frequent have one of their own.
         title: of the panel.
     """
 
     points: Float[np.ndarray, "texts 2"]
     texts: Sequence[str]
-    groups: Sequence[str]
+    groups: Sequence[str | None]
     title: str
 
     def colours(self) -> tuple[list[str], dict[str, str]]:
         """The colour of each point, and the legend: group → colour."""
-        counts = pd.Series(list(self.groups)).value_counts(sort=True)
-        own = list(counts.index[:MOST_GROUPS])
-        legend = dict(zip(map(str, own), _COLOURS, strict=False))
-        if len(counts) > len(own):
-            legend["other"] = _OTHER
-        return [legend.get(str(group), _OTHER) for group in self.groups], legend
+        counts = Counter(group for group in self.groups if group is not None)
+        legend = dict(zip((name for name, _ in counts.most_common(MOST_GROUPS)), _COLOURS, strict=False))
+        colours = [_OTHER if group is None else legend.get(group, _OTHER) for group in self.groups]
+        left = (["other"] if len(counts) > MOST_GROUPS else []) + (["unknown"] if None in self.groups else [])
+        return colours, legend | ({" or ".join(left): _OTHER} if left else {})
 
     def draw(self, panel: Any) -> None:
         """Draws on matplotlib axes."""
@@ -69,7 +69,7 @@ class Scatter:
         places = _MARGIN + (self.points - low) / np.maximum(high - low, 1e-12) * (_SIDE - 2 * _MARGIN)
         colours, legend = self.colours()
         circles = "".join(
-            f'<circle cx="{x:.1f}" cy="{_SIDE - y:.1f}" r="2.5" fill="{colour}"><title>{html.escape(str(group))}: '
+            f'<circle cx="{x:.1f}" cy="{_SIDE - y:.1f}" r="2.5" fill="{colour}"><title>{html.escape(group or "unknown")}: '
             f"{html.escape(text)}</title></circle>"
             for (x, y), colour, group, text in sorted(
                 zip(places.tolist(), colours, self.groups, self.texts, strict=True), key=lambda one: one[1] != _OTHER

@@ -58,7 +58,10 @@ def clusters(
     clearest = sorted(range(len(names)), key=lambda place: -gains[place])[:pictures]
     scatters = [
         Scatter(
-            plane, shown, texts.factor(name).fillna("unknown").astype(str).tolist()[: len(drawn)], f"{name}, {method}"
+            plane,
+            shown,
+            [None if pd.isna(value) else str(value) for value in texts.factor(name)[: len(drawn)]],
+            f"{name}, {method}",
         )
         for name in (names[place] for place in clearest)
     ]
