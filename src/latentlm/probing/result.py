@@ -69,8 +69,8 @@ class Scatter:
         places = _MARGIN + (self.points - low) / np.maximum(high - low, 1e-12) * (_SIDE - 2 * _MARGIN)
         colours, legend = self.colours()
         circles = "".join(
-            f'<circle cx="{x:.1f}" cy="{_SIDE - y:.1f}" r="2.5" fill="{colour}"><title>{html.escape(group or "unknown")}: '
-            f"{html.escape(text)}</title></circle>"
+            f'<circle cx="{x:.1f}" cy="{_SIDE - y:.1f}" r="2.5" fill="{colour}"><title>'
+            f"{html.escape(group or 'unknown')}: {html.escape(text)}</title></circle>"
             for (x, y), colour, group, text in sorted(
                 zip(places.tolist(), colours, self.groups, self.texts, strict=True), key=lambda one: one[1] != _OTHER
             )
