@@ -80,7 +80,7 @@ class Stepwise(nn.Module):
     def forward(self, input_ids: Tensor, noise: Tensor) -> Tensor:
         with torch.no_grad():
             states = self.ours.text_encoder(input_ids[:, 1:]).last_hidden_state
-        mean, log_variance = self.ours.encoder(states.mean(1))
+        mean, log_variance = self.ours.encoder(states.mean(1), None)
         keys, values = self.ours.injection(mean + (0.5 * log_variance).exp() * noise)
         cache, slots, nll = DynamicCache(), self.ours.config.latent_slots, torch.zeros(())
         prefix = self.ours.config.injection == "prefix"
