@@ -47,6 +47,7 @@ def main() -> None:
             {name: "–" if value is None else value for name, value in settings.items()}
             | {name: figures[name] for name in OF_EVALUATION}
             | scores["model"].to_dict()
+            | {f"{name}, z sampled": value for name, value in scores["z sampled"].items()}
             | {f"{name}, shuffled": value for name, value in scores["factors shuffled"].items()}
             | {f"{name}, PCA": value for name, value in scores.get("PCA", pd.Series(dtype=float)).items()}
         )
@@ -57,9 +58,11 @@ def main() -> None:
     print(f"| {', '.join(given.by)} | seeds | " + " | ".join((*OF_EVALUATION, *metrics)) + " |")
     print("| --- |" + " ---: |" * (1 + len(OF_EVALUATION) + len(metrics)))
     for key in means.index:
-        cells = [f"{means.loc[key, name]:.3f} ± {spreads.loc[key, name]:.3f}" for name in (*OF_EVALUATION, *metrics)]
         name = ", ".join(map(str, key)) if isinstance(key, tuple) else key
-        print(f"| {name} | {counts[key]} | " + " | ".join(cells) + " |")
+        for what in ("", ", z sampled"):
+            columns = (*OF_EVALUATION, *(f"{metric}{what}" for metric in metrics))
+            cells = [f"{means.loc[key, column]:.3f} ± {spreads.loc[key, column]:.3f}" for column in columns]
+            print(f"| {name}{what} | {counts[key]} | " + " | ".join(cells) + " |")
     for control in ("shuffled", "PCA"):
         if f"{metrics[0]}, {control}" in table:
             cells = [f"{table[f'{name}, {control}'].mean():.3f}" for name in metrics]
@@ -68,11 +71,15 @@ def main() -> None:
         figure, panels = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
         for panel, name in zip(panels.flat, SHOWN, strict=True):
             rest, x = given.by[:-1], given.by[-1]
-            for key, mean in means[name].reset_index().groupby(rest) if rest else [((), means[name].reset_index())]:
-                spread = spreads[name].reset_index().loc[mean.index, name]
-                label = ", ".join(f"{of} {value}" for of, value in zip(rest, key, strict=True)) or "model"
-                panel.errorbar(mean[x].astype(str), mean[name], yerr=spread, marker="o", capsize=3, label=label)
-            panel.axhline(table[f"{name}, shuffled"].mean(), color="grey", linestyle=":", label="factors shuffled")
+            for column, line in ((name, "-"), (f"{name}, z sampled", ":")):
+                flat, around = means[column].reset_index(), spreads[column].reset_index()
+                for place, (key, mean) in enumerate(flat.groupby(rest) if rest else [((), flat)]):
+                    label = ", ".join(f"{of} {value}" for of, value in zip(rest, key, strict=True)) or "posterior means"
+                    panel.errorbar(
+                        mean[x].astype(str), mean[column], yerr=around.loc[mean.index, column], marker="o", capsize=3,
+                        linestyle=line, color=f"C{place}", label=label if column == name else f"{label}, z sampled",
+                    )  # fmt: skip
+            panel.axhline(table[f"{name}, shuffled"].mean(), color="grey", linestyle="-.", label="factors shuffled")
             if f"{name}, PCA" in table:
                 panel.axhline(table[f"{name}, PCA"].mean(), color="grey", linestyle="--", label="PCA of words")
             panel.set(title=name, xlabel=x.removeprefix("model."))

@@ -212,3 +212,14 @@ def test_weights_that_are_no_numbers_are_refused():
 def test_what_cannot_be_asked_is_said_at_once(family, options, words):
     with pytest.raises(InputError, match=words):
         worlds.space_of(moved(small_model(family)), **options)
+
+
+def test_sampled_codes_are_draws_of_the_posterior_in_prior_standard_deviations():
+    space = worlds.space("gpt_vae")
+    texts = Texts(worlds.words(3))
+    draws = np.stack([space.sampled_codes(texts, seed) for seed in range(2000)])
+    centre, scale = space.standardised(np.zeros(space.event)), space.standardised(np.ones(space.event))
+    deviation = np.sqrt(np.stack(space.variances(texts))) * (scale - centre)
+    assert np.abs((draws.mean(0) - space.codes(texts)) / deviation).max() < 4.5 / np.sqrt(2000)
+    assert np.abs(draws.std(0) / deviation - 1).max() < 4.5 / np.sqrt(2 * 2000)
+    assert np.array_equal(space.sampled_codes(texts, 5), draws[5])

@@ -61,6 +61,9 @@ class GivenCodes(LatentSpace):
     def codes(self, texts: Texts) -> np.ndarray:
         return np.stack([self.of_text[text] for text in texts.texts]).astype(np.float64)
 
+    def sampled_codes(self, texts: Texts, seed: int = 0) -> np.ndarray:
+        return self.codes(texts)  # as if nothing were uncertain
+
 
 def given(codes: np.ndarray, factors: dict[str, list] | None = None) -> tuple[GivenCodes, Texts]:
     """A space of given codes [texts, numbers], and the texts "text 0", "text 1", … whose codes they are."""

@@ -272,11 +272,13 @@ def disentanglement_scores(
     names: Sequence[str] | None = None,
     seeds: Sequence[int] = (0, 1, 2),
     beside: Num[np.ndarray, "_ v"] | sparse.spmatrix | sparse.sparray | None = None,
+    sampled: Float[np.ndarray, "N d"] | None = None,
 ) -> pd.DataFrame:
     """Every score of this file, and the same of two floors and a ceiling, computed the same way.
 
-    The codes compared are `model`, the one given; `factors shuffled`, the same with the rows of the factors permuted,
-    which is what each score gives where there is nothing to find; `PCA`, d principal components of `beside`; and
+    The codes compared are `model`, the one given; `z sampled`, draws of what it is the mean of; `factors shuffled`,
+    the one given with the rows of the factors permuted, which is what each score gives where there is nothing to find;
+    `PCA`, d principal components of `beside`; and
     `factors as code`, each factor's value as one dimension (its place among the values, the mean where unknown), which
     is what a perfect code reaches. Where factors depend on each other, not even that reaches 1.
 
@@ -288,6 +290,8 @@ def disentanglement_scores(
             that of other texts.
         beside: of the same texts, at least d columns: counts of words, for example, dense or sparse. None leaves `PCA`
             out.
+        sampled: a draw for each text. Dimensions are standardised, so that means which lie far within the noise of z
+            score as well as others; draws do not.
 
     Returns:
         A row for each score (`metric`) and `code`: `mean` and `sd` over the `seeds` (a count; NaN for the s.d. of one)
@@ -299,7 +303,7 @@ def disentanglement_scores(
     if not len(seeds):
         raise InputError("there are no seeds: give at least one.")
     _, coded = prepared(codes, factors, least_factors=2, names=names)
-    compared = {"model": codes, "factors shuffled": codes}
+    compared = {"model": codes} | ({} if sampled is None else {"z sampled": sampled}) | {"factors shuffled": codes}
     if beside is not None:
         compared["PCA"] = _principal_components(beside, *codes.shape)
     compared["factors as code"] = np.stack(

@@ -23,6 +23,8 @@ POOLS = ("mean", "flat")
 class LatentSpace:
     """What probes ask of a model. A model of the contract will do; those that write need one that generates.
 
+    What is known of a text is kept, so the model has to stay as it is.
+
     A latent that has parts (layers × latents, or times) becomes a code, one row of numbers, as `pool` says: "mean" over
     all its parts, or "flat", all of its numbers one after another. `part` takes one layer (the mean over its latents),
     or one position of the text, in place of all.
@@ -61,6 +63,7 @@ class LatentSpace:
             raise InputError(f"part {part} of a latent of {' × '.join(map(str, self.event))}: there is {have}.")
         if pool == "flat" and model.latent_per_token and part is None:
             raise InputError("trajectories have different lengths: pool them by their mean, or take one position.")
+        self._priors: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._known: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
 
     @property
@@ -130,19 +133,28 @@ class LatentSpace:
         return self._code(self.standardised(mean), text).astype(np.float64)
 
     def _prior(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        with torch.no_grad():
-            prior = self.model.prior(1, length)
-            return prior.mean[0].float().cpu().numpy(), prior.variance[0].float().sqrt().cpu().numpy()
+        if length not in self._priors:
+            with torch.no_grad():
+                prior = self.model.prior(1, length)
+                scale = prior.variance[0].float().sqrt()
+                self._priors[length] = prior.mean[0].float().cpu().numpy(), scale.cpu().numpy()
+        return self._priors[length]
 
     def codes(self, texts: Texts) -> Float[np.ndarray, "texts numbers"]:
         """The mean of q(z | x) of each text as one row of numbers, in prior standard deviations (see `view`)."""
-        means = self.means(texts)
-        priors = {length: self._prior(length) for length in {len(mean) for mean in means}}
+        return np.stack([self.code(mean, text) for mean, text in zip(self.means(texts), texts.texts, strict=True)])
+
+    def sampled_codes(self, texts: Texts, seed: int = 0) -> Float[np.ndarray, "texts numbers"]:
+        """A draw from q(z | x) of each text as one row of numbers, in prior standard deviations.
+
+        Numbers are drawn one by one, each with its own variance: correlations in q are left out.
+        """
+        generator = np.random.default_rng((seed, 2))
         rows = []
-        for place, mean in enumerate(means):
-            centre, scale = priors[len(mean)]
-            rows.append(self._code((mean - centre) / scale, texts.texts[place]))
-        return np.stack(rows).astype(np.float64)
+        for mean, variance, text in zip(self.means(texts), self.variances(texts), texts.texts, strict=True):
+            drawn = mean + np.sqrt(variance) * generator.standard_normal(mean.shape).astype(mean.dtype)
+            rows.append(self.code(drawn, text))
+        return np.stack(rows)
 
     def _code(self, z: np.ndarray, text: str) -> np.ndarray:
         if self.part is not None:

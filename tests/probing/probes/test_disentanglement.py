@@ -22,7 +22,8 @@ def perfect(texts: int = 400) -> tuple[np.ndarray, dict[str, list]]:
 def test_a_perfect_code_is_near_its_ceiling_and_far_from_its_floor():
     space, texts = worlds.given(*perfect())
     table = disentanglement(space, texts, seeds=2).table.set_index("metric")
-    assert list(table.columns[:4]) == ["model", "model, s.d.", "factors shuffled", "factors shuffled, s.d."]
+    shown = ("model", "z sampled", "factors shuffled", "PCA", "factors as code")
+    assert list(table.columns) == [name for code in shown for name in (code, f"{code}, s.d.")]
     for metric in ("mig", "dci_disentanglement", "dci_completeness", "explicitness", "z_diff"):
         assert table.loc[metric, "model"] == pytest.approx(table.loc[metric, "factors as code"], abs=0.03)
     for metric in ("mig", "dci_disentanglement", "explicitness"):
@@ -34,11 +35,28 @@ def test_it_is_the_scores_of_the_codes():
     space, texts = worlds.given(codes, factors)
     result = disentanglement(space, texts, seeds=2, seed=5)
     ids, names = texts.factor_ids()
-    expected = disentanglement_scores(codes, ids, names, (5, 6)).set_index(["metric", "code"])["mean"]
+    expected = disentanglement_scores(codes, ids, names, (5, 6), sampled=codes)
+    expected = expected.set_index(["metric", "code"])["mean"]
     table = result.table.set_index("metric")
     for metric, code in expected.index:
         assert table.loc[metric, code] == expected[metric, code]
     assert "2 seeds from 5" in result.about and "mood, tense" in result.about
+
+
+def test_means_far_within_the_noise_of_z_score_and_z_itself_does_not():
+    codes, factors = perfect()
+
+    class Dead(worlds.GivenCodes):
+        """q is the prior but for 1e-4."""
+
+        def sampled_codes(self, texts, seed=0):
+            return 1e-4 * self.codes(texts) + np.random.default_rng(seed).standard_normal(codes.shape)
+
+    _, texts = worlds.given(codes, factors)
+    space = Dead(dict(zip(texts.texts, 1e-4 * codes, strict=True)))
+    table = disentanglement(space, texts, seeds=1).table.set_index("metric")
+    for metric in ("mig", "dci_disentanglement", "explicitness"):
+        assert table.loc[metric, "z sampled"] < 0.2 < 0.9 < table.loc[metric, "model"]
 
 
 def test_words_stand_beside_the_model_where_there_are_enough_of_them():

@@ -10,7 +10,7 @@ from latentlm.probing.result import ProbeResult
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import Texts
 
-CODES = ("model", "factors shuffled", "PCA", "factors as code")
+CODES = ("model", "z sampled", "factors shuffled", "PCA", "factors as code")
 _WORDS = 2000  # of the bag of words that the PCA code is of
 
 
@@ -30,7 +30,9 @@ def disentanglement(
     ids, names = texts.factor_ids(factors)
     codes = space.codes(texts)
     words = _bag_of_words(texts, codes.shape[1])
-    scores = disentanglement_scores(codes, ids, names, range(seed, seed + seeds), beside=words)
+    scores = disentanglement_scores(
+        codes, ids, names, range(seed, seed + seeds), beside=words, sampled=space.sampled_codes(texts, seed)
+    )
     means, deviations = (
         scores.pivot(index="metric", columns="code", values=value).reindex(scores["metric"].unique())
         for value in ("mean", "sd")
@@ -42,9 +44,11 @@ def disentanglement(
     about = (
         f"{len(texts):,} texts, {space.view}; factors: {', '.join(names)}, of each the 12 most frequent values. Scores "
         f"are 0 to 1, higher is better; mean and s.d. over {seeds} seeds from {seed}, of splits and draws with the "
-        "same texts. Beside the model: the same with factors shuffled among them (a floor), principal components of a "
-        "bag of words with as many dimensions (a code without a model), and the factors themselves as code (a ceiling; "
-        "below 1 where factors depend on each other)."
+        "same texts. Model: posterior means, each dimension standardised, so that differences far within the noise of "
+        "z count like any; z sampled: one draw of z for each text, as a decoder is given it. Beside them: the means "
+        "with factors shuffled among the texts (a floor), principal components of a bag of words with as many "
+        "dimensions (a code without a model), and the factors themselves as code (a ceiling; below 1 where factors "
+        "depend on each other)."
     )
     table = wide[columns].reset_index()
 
