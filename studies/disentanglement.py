@@ -75,10 +75,10 @@ def main() -> None:
                 flat, around = means[column].reset_index(), spreads[column].reset_index()
                 for place, (key, mean) in enumerate(flat.groupby(rest) if rest else [((), flat)]):
                     label = ", ".join(f"{of} {value}" for of, value in zip(rest, key, strict=True)) or "posterior means"
-                    panel.errorbar(
-                        mean[x].astype(str), mean[column], yerr=around.loc[mean.index, column], marker="o", capsize=3,
-                        linestyle=line, color=f"C{place}", label=label if column == name else f"{label}, z sampled",
-                    )  # fmt: skip
+                    label = label if column == name else f"{label}, z sampled".removeprefix("posterior means, ")
+                    values, around_them = mean[column], around.loc[mean.index, column]
+                    look = {"linestyle": line, "color": f"C{place}", "marker": "o", "capsize": 3}
+                    panel.errorbar(mean[x].astype(str), values, yerr=around_them, label=label, **look)
             panel.axhline(table[f"{name}, shuffled"].mean(), color="grey", linestyle="-.", label="factors shuffled")
             if f"{name}, PCA" in table:
                 panel.axhline(table[f"{name}, PCA"].mean(), color="grey", linestyle="--", label="PCA of words")
