@@ -1,8 +1,10 @@
 """`latentlm probe`: a command for each probe, made of the probe's own signature, and `all`."""
 
 import inspect
+import json
 import re
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from latentlm.files import make_folder
+from latentlm.files import make_folder, write_whole
 from latentlm.options import (
     DATA_HELP,
     Annotations,
@@ -36,10 +38,10 @@ Pool = Annotated[str, typer.Option(help="Of a latent with parts: mean over them,
 Part = Annotated[int | None, typer.Option(help="One layer, or one position of the texts, from 0, in place of all.")]
 
 
-def _all(
+@contextmanager
+def _opened(
     model: Model,
     data: Data,
-    output: Annotated[Path, typer.Option(help="Folder for report.html and the files of each probe.")],
     column: Column = None,
     sample_by: SampleBy = None,
     annotations: Annotations = None,
@@ -50,82 +52,90 @@ def _all(
     part: Part = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
-) -> None:
-    """Every probe with its defaults, and one page of what they found.
+) -> Iterator[Any]:
+    """The space of a model and the texts, with a bar while latents are inferred; its arguments are every probe's."""
+    from latentlm.cli import _change_inference, _console, _load
+    from latentlm.data.recipe import annotated_as, saved_data_recipe
+    from latentlm.probing import LatentSpace, read_texts
+    from latentlm.training.progress import counted
 
-    Example: latentlm probe all runs/gpt-vae --data builtin:sentences --limit 2000 --output probes
-    """
+    loaded, tokenizer = _load(model)
+    _change_inference(loaded, settings)
+    options: dict[str, Any] = {"pool": pool, "part": part, "seed": seed, "batch_size": batch_size}
+    conditional = loaded.annotation_labels is not None
+    annotated = annotated_as(saved_data_recipe(model), annotations, conditional)
+    if annotated is not None and annotations is not None and not annotated.needed:
+        annotated = type(annotated)(annotated.place, annotated.per)  # their labels are factors
+    by = sample_by or "line"
+    texts = read_texts(data, column=column, sample_by=by, limit=limit, annotated=annotated, factors=factor_table)
+    with counted(_console(), "inferring latents") as on_progress:
+        yield LatentSpace(loaded, tokenizer, **options, on_progress=on_progress), texts
+
+
+def _all(
+    output: Annotated[Path, typer.Option(help="Folder for report.html and the files of each probe.")], **given: Any
+) -> None:
     from latentlm.probing import probe_all
 
     make_folder(output)
-    with ExitStack() as stack:
-        space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings, pool,
-                              part, batch_size, seed)  # fmt: skip
-        results, skipped = probe_all(
-            space, texts, output=output, title=f"Probes of {Path(model).name}", on_probe=lambda name: _say(f"{name} …")
-        )
+    title = f"Probes of {Path(given['model']).name}"
+    with _opened(**given) as (space, texts):
+        results, skipped = probe_all(space, texts, output=output, title=title, on_probe=lambda name: _say(f"{name} …"))
     for name, why in skipped.items():
         _say(f"{name} was not run: {why}")
     _say(f"{len(results)} probes, in {output / 'report.html'}")
 
 
-def _command(name: str) -> Any:
-    """The command of one probe."""
+def _command(name: str) -> Callable[..., None]:
+    """The command of one probe, or of all: the arguments of `_opened`, its own, and a probe's keyword arguments."""
     from latentlm.probing import probe_named
 
+    if name == "all":
+        about = "Every probe with its defaults, and one page of what they found."
+        return _with_arguments(_all, [], about, "all runs/gpt-vae --output probes")
     probe = probe_named(name)
-    seeded = "seed" in inspect.signature(probe).parameters
+    own = [
+        one.replace(annotation=Annotated[one.annotation, typer.Option(help=_help(probe, one.name))])
+        for one in inspect.signature(probe).parameters.values()
+        if one.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
+    # the noise of inference and that of a probe have one seed
+    of_probe = [one for one in own if one.name != "seed"]
 
-    def run(
-        model: Model,
-        data: Data,
-        output: Output = None,
-        column: Column = None,
-        sample_by: SampleBy = None,
-        annotations: Annotations = None,
-        factor_table: Factors = None,
-        limit: Limit = None,
-        settings: Settings = None,
-        pool: Pool = "mean",
-        part: Part = None,
-        batch_size: BatchSize = 32,
-        seed: Seed = 0,
-        json_file: JsonFile = None,
-        **of_probe: Any,
-    ) -> None:
+    def run(output: Output = None, json_file: JsonFile = None, **given: Any) -> None:
         if output is not None:
             make_folder(output)
-        with ExitStack() as stack:
-            space, texts = _space(stack, model, data, column, sample_by, annotations, factor_table, limit, settings,
-                                  pool, part, batch_size, seed)  # fmt: skip
-            result = probe(space, texts, **of_probe, **({"seed": seed} if seeded else {}))
+        chosen = {one.name: given.pop(one.name) for one in of_probe}
+        if len(of_probe) < len(own):
+            chosen["seed"] = given["seed"]
+        with _opened(**given) as (space, texts):
+            result = probe(space, texts, **chosen)
         _say(result.about)
         _show(result.table)
         if json_file is not None:
-            import json
-
-            from latentlm.files import write_whole
-
             write_whole(json_file, json.dumps(result.json(), indent=1, ensure_ascii=False))
         if output is not None:
             _say("left: " + ", ".join(map(str, result.save(output))))
 
-    own = [
-        parameter.replace(
-            annotation=Annotated[parameter.annotation, typer.Option(help=_help(probe, parameter.name))],
-        )
-        for parameter in inspect.signature(probe).parameters.values()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and parameter.name != "seed"
-    ]
-    shared = [
-        one for one in inspect.signature(run).parameters.values() if one.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
-    of_run = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in shared]
-    run.__signature__ = inspect.Signature([*of_run, *own])  # type: ignore[attr-defined]
-    run.__annotations__ = {one.name: one.annotation for one in [*of_run, *own]}
     summary = (inspect.getdoc(probe) or "").split("\n\n")[0]
-    run.__doc__ = f"{summary}\n\nExample: latentlm probe {name} MODEL --data builtin:sentences --limit 2000"
-    return run
+    return _with_arguments(run, of_probe, summary, f"{name} MODEL")
+
+
+def _with_arguments(
+    function: Callable[..., None], own: Sequence[inspect.Parameter], about: str, example: str
+) -> Callable[..., None]:
+    """A function of its own with a signature that typer can read."""
+
+    def command(**given: Any) -> None:
+        function(**given)
+
+    shared = inspect.signature(_opened).parameters.values()
+    named = [one for one in inspect.signature(function).parameters.values() if one.name != "given"]
+    arguments = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*shared, *named, *own)]
+    command.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
+    command.__annotations__ = {one.name: one.annotation for one in arguments}
+    command.__doc__ = f"{about}\n\nExample: latentlm probe {example} --data builtin:sentences --limit 2000"
+    return command
 
 
 def _help(probe: Any, name: str) -> str:
@@ -144,7 +154,7 @@ class _Probes(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         maker = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-        maker.command(cmd_name)(_all if cmd_name == "all" else _command(cmd_name))
+        maker.command(cmd_name)(_command(cmd_name))
         command = typer.main.get_command(maker)
         command.name = cmd_name
         return command
@@ -159,40 +169,6 @@ def _probes() -> None:
 
     Example: latentlm probe clusters runs/gpt-vae --data builtin:sentences --limit 2000 --output probes
     """
-
-
-def _space(
-    stack: ExitStack,
-    model: str,
-    data: str,
-    column: str | None,
-    sample_by: str | None,
-    annotations: str | None,
-    factor_table: Path | None,
-    limit: int | None,
-    settings: list[str] | None,
-    pool: str,
-    part: int | None,
-    batch_size: int,
-    seed: int,
-) -> Any:
-    from latentlm.cli import _change_inference, _console, _load
-    from latentlm.data.recipe import annotated_as, saved_data_recipe
-    from latentlm.probing import LatentSpace, read_texts
-    from latentlm.training.progress import counted
-
-    loaded, tokenizer = _load(model)
-    _change_inference(loaded, settings)
-    on_progress = stack.enter_context(counted(_console(), "inferring latents"))
-    options: dict[str, Any] = {"pool": pool, "part": part, "seed": seed, "batch_size": batch_size}
-    space = LatentSpace(loaded, tokenizer, **options, on_progress=on_progress)
-    conditional = loaded.annotation_labels is not None
-    annotated = annotated_as(saved_data_recipe(model), annotations, conditional)
-    if annotated is not None and annotations is not None and not annotated.needed:
-        annotated = type(annotated)(annotated.place, annotated.per)  # their labels are factors
-    by = sample_by or "line"
-    texts = read_texts(data, column=column, sample_by=by, limit=limit, annotated=annotated, factors=factor_table)
-    return space, texts
 
 
 def _say(text: str) -> None:
