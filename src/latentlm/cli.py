@@ -29,6 +29,7 @@ from latentlm.options import (
     Settings,
     checked_seed,
 )
+from latentlm.probe_commands import probe_app
 from latentlm.processes import is_main, join, launched
 
 app = typer.Typer(
@@ -39,6 +40,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(probe_app, name="probe")
 
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2

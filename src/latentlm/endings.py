@@ -20,6 +20,9 @@ def told_in_one_sentence(debug: bool) -> Iterator[None]:
     try:
         yield
     except typer.exceptions.TyperException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # typer keeps the class to itself; its message is the help
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(_MISTAKE)
         _end(error.format_message(), debug)
     except BrokenPipeError:
         # latentlm … | head: who reads has had enough; Python's own flush at the end would complain once more

@@ -86,6 +86,20 @@ def _whole_file(path: Path) -> Iterator[IO[bytes]]:
     os.replace(file.name, path)
 
 
+def make_folder(path: str | Path) -> Path:
+    """The folder, made with those above it if it is missing.
+
+    Raises:
+        InputError: it cannot be made: a file has its name, for one.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be made a folder ({error.strerror}): name another.") from error
+    return path
+
+
 def write_whole(path: str | Path, text: str) -> None:
     with whole_file(path) as file:
         file.write(text.encode())

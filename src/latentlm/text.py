@@ -17,6 +17,8 @@ from latentlm.errors import InputError, one_sentence
 from latentlm.files import check_writable, whole_file
 from latentlm.latent_lm import LatentLM
 
+_PLENTY = 2**31
+
 
 @dataclass(frozen=True)
 class Encoding:
@@ -166,7 +168,7 @@ def encode(
     if isinstance(texts, str):
         raise InputError("give a list of texts, not one string.")
     lengths = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
-    longest = model.config.max_position_embeddings
+    longest = longest_text(model)
     for row, length in enumerate(lengths):
         if length + 1 > longest and not cut:
             raise InputError(f"text {row} has {length + 1} tokens and the model's context is {longest}: shorten it.")
@@ -197,6 +199,11 @@ def encode(
     of_tokens = np.array([len(mean) for mean in means]) if model.latent_per_token else None
     truncated = sum(length + 1 > longest for length in lengths)
     return Encoding(np.arange(len(texts)), _stacked(means), _stacked(variances), of_tokens, truncated)
+
+
+def longest_text(model: LatentLM) -> int:
+    """How many tokens the model's context holds: plenty, where it has no bound, for which the contract does not ask."""
+    return getattr(model.config, "max_position_embeddings", _PLENTY)
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -241,8 +248,12 @@ def write(
     per_prompt = len(rows) // max(len(prompts), 1)
     known = [ids[mask.bool()][1:].tolist() for ids, mask in zip(*given.values(), strict=True)] if given else []
     texts = []
+    lengths = [] if options.get("lengths") is None else options["lengths"].tolist()
     for index, row in enumerate(rows.tolist()):
         new = row[skip:]
+        if lengths:  # what stands after so many tokens is padding
+            before = len(known[index // per_prompt]) if prompts else 0
+            new = new[: max(lengths[index * len(lengths) // len(rows)] - before, 0)]
         if tokenizer.eos_token_id in new:
             new = new[: new.index(tokenizer.eos_token_id)]
         place = index // per_prompt

@@ -53,26 +53,52 @@ def attend(
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:  # sinks and biases, which would be left out without a word
             raise InputError(f"{type(module).__name__} has attention with {name}, which takes no slots of a latent.")
-    if latent_slots is not None:
-        layer: Any = module.layer_idx
-        keys, values = latent_slots.keys[layer], latent_slots.values[layer]
-        scores = latent_slots.scores.to(query)  # layers may be on devices of their own
-        if attention_mask is None:  # a single query, of all that the cache holds
-            attention_mask = scores.new_zeros(1, 1, query.shape[2], key.shape[2])
-        attention_mask = attention_mask[..., : key.shape[2]].expand(len(scores), -1, -1, -1)
-        attention_mask = torch.cat((scores, attention_mask), -1)
-        key, value = torch.cat((keys.to(key), key), 2), torch.cat((values.to(value), value), 2)
+    key, value, attention_mask = with_slots(module, query, key, value, attention_mask, latent_slots)
     if softcap is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False
         )
-    groups = query.shape[1] // key.shape[1]
+    weights = attention_weights(query, key, attention_mask, scaling, softcap)
+    weights = nn.functional.dropout(weights.to(query.dtype), dropout, module.training)
+    return (weights @ repeat_kv(value, query.shape[1] // value.shape[1])).transpose(1, 2).contiguous(), None
+
+
+def with_slots(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups seen width"],
+    value: Float[Tensor, "batch groups seen value_width"],
+    attention_mask: Float[Tensor, "batch_or_1 1 queries seen"] | None,
+    latent_slots: Slots | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask of a layer with the slots before the text's."""
+    if latent_slots is None:
+        return key, value, attention_mask
+    layer: Any = module.layer_idx
+    keys, values = latent_slots.keys[layer], latent_slots.values[layer]
+    scores = latent_slots.scores.to(query)  # layers may be on devices of their own
+    if attention_mask is None:  # a single query, of all that the cache holds
+        attention_mask = scores.new_zeros(1, 1, query.shape[2], key.shape[2])
+    attention_mask = attention_mask[..., : key.shape[2]].expand(len(scores), -1, -1, -1)
+    attention_mask = torch.cat((scores, attention_mask), -1)
+    return torch.cat((keys.to(key), key), 2), torch.cat((values.to(value), value), 2), attention_mask
+
+
+def attention_weights(
+    query: Float[Tensor, "batch heads queries width"],
+    key: Float[Tensor, "batch groups seen width"],
+    attention_mask: Float[Tensor, "batch_or_1 1 queries seen"] | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> Float[Tensor, "batch heads queries seen"]:
+    """Where each query looks, in float32: what fast attention never holds."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    found = softcap * torch.tanh(query @ repeat_kv(key, groups).mT * scale / softcap)
+    scores = query @ repeat_kv(key, query.shape[1] // key.shape[1]).mT * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
-        found = found + attention_mask
-    weights = nn.functional.dropout(found.float().softmax(-1).to(query.dtype), dropout, module.training)
-    return (weights @ repeat_kv(value, groups)).transpose(1, 2).contiguous(), None
+        scores = scores + attention_mask
+    return scores.float().softmax(-1)
 
 
 AttentionInterface.register(INJECTION, attend)
