@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
+from latentlm.errors import InputError
 from latentlm.files import make_folder, write_whole
 from latentlm.options import (
     DATA_HELP,
@@ -27,6 +28,8 @@ from latentlm.options import (
     Settings,
 )
 
+# several of scikit-learn's take the seeds after it, up to 2³² − 1
+_HIGHEST_SEED = 4_000_000_000
 _ROWS_SHOWN = 30
 _WIDEST_CELL = 60
 Data = Annotated[str, typer.Option(help=DATA_HELP)]
@@ -55,6 +58,9 @@ def _opened(
 ) -> Iterator[Any]:
     """The space of a model and the texts, with a bar while latents are inferred; its arguments are every probe's."""
     from latentlm.cli import _change_inference, _console, _load
+
+    if not 0 <= seed <= _HIGHEST_SEED:
+        raise InputError(f"--seed of a probe must be from 0 to {_HIGHEST_SEED:,}, not {seed:,}.")
     from latentlm.data.recipe import annotated_as, saved_data_recipe
     from latentlm.probing import LatentSpace, read_texts
     from latentlm.training.progress import counted
@@ -92,7 +98,7 @@ def _command(name: str) -> Callable[..., None]:
 
     if name == "all":
         about = "Every probe with its defaults, and one page of what they found."
-        return _with_arguments(_all, [], about, "all runs/gpt-vae --output probes")
+        return _with_arguments(_all, [], about, "all MODEL --data builtin:sentences --limit 2000 --output probes")
     probe = probe_named(name)
     own = [
         one.replace(annotation=Annotated[one.annotation, typer.Option(help=_help(probe, one.name))])
@@ -117,8 +123,10 @@ def _command(name: str) -> Callable[..., None]:
         if output is not None:
             _say("left: " + ", ".join(map(str, result.save(output))))
 
-    summary = (inspect.getdoc(probe) or "").split("\n\n")[0]
-    return _with_arguments(run, of_probe, summary, f"{name} MODEL")
+    written = inspect.getdoc(probe) or ""
+    example = re.search(r"^Example: latentlm probe (.+)$", written, re.MULTILINE)
+    known = f"{name} MODEL --data builtin:sentences --limit 2000" if example is None else example[1]
+    return _with_arguments(run, of_probe, written.split("\n\n")[0], known)
 
 
 def _with_arguments(
@@ -134,7 +142,7 @@ def _with_arguments(
     arguments = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in (*shared, *named, *own)]
     command.__signature__ = inspect.Signature(arguments)  # type: ignore[attr-defined]
     command.__annotations__ = {one.name: one.annotation for one in arguments}
-    command.__doc__ = f"{about}\n\nExample: latentlm probe {example} --data builtin:sentences --limit 2000"
+    command.__doc__ = f"{about}\n\nExample: latentlm probe {example}"
     return command
 
 

@@ -102,7 +102,12 @@ def test_a_model_of_three_verbs_will_do(tmp_path):
 @pytest.mark.parametrize("number", [1, 2, 12])
 def test_every_probe_answers_or_says_why_not(family, number, tmp_path):
     """Texts of which nothing is known, of every kind of latent: a result or one sentence, and never a defect."""
-    results, skipped = probe_all(worlds.space(family), Texts(worlds.words(number)), output=tmp_path)
+    try:
+        results, skipped = probe_all(worlds.space(family), Texts(worlds.words(number)), output=tmp_path)
+    except InputError as error:
+        assert number < 3 and str(error).startswith("no probe can be asked of these texts; arithmetic: ")
+        assert not (tmp_path / "report.html").exists()
+        return
     assert {*(one.name for one in results), *skipped} == set(probe_names())
     assert all(why.endswith(".") and "\n" not in why for why in skipped.values())
     assert "<html" in (tmp_path / "report.html").read_text()

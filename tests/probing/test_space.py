@@ -204,7 +204,7 @@ def test_weights_that_are_no_numbers_are_refused():
         ("autoregressive", {}, "Autoregressive has no latents"),
         ("gpt_vae", {"pool": "most"}, "pool must be one of mean, flat"),
         ("gpt_vae", {"part": 0}, "a latent of 6 numbers has no parts: leave part out"),
-        ("ltm", {"part": 2}, "part 2 of a latent of 2 × 3 × 8: there is 2 of them"),
+        ("ltm", {"part": 2}, "part 2 of a latent of 2 × 3 × 8: give a number from 0 to 1, a layer"),
         ("ltm", {"part": -1}, "part -1"),
         ("gp_vae", {"pool": "flat"}, "trajectories have different lengths"),
     ],

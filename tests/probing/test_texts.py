@@ -106,7 +106,8 @@ def test_a_table_of_factors(tmp_path, name, mark):
     texts = read_texts(str(data), factors=factors)
     assert texts.texts == ("one", "two", "three")
     assert texts.factors["tense"].isna().tolist() == [False, True, False]
-    assert texts.factors["note"].tolist() == ["NA", "x", "1"]  # names, as they are written
+    assert texts.factors["note"].isna().tolist() == [True, False, False]  # as R writes what is unknown
+    assert texts.factors["note"].tolist()[1:] == ["x", "1"]  # names, as they are written
 
 
 def test_a_quotation_mark_in_a_tsv_is_part_of_the_text(tmp_path):
@@ -138,9 +139,11 @@ def test_a_limit_takes_the_first_rows_of_the_table_too(tmp_path):
     ("name", "content", "words"),
     [
         ("factors.xlsx", "f", "factors are read from a .csv or a .tsv with a header"),
-        ("factors.csv", 'f,g\n"a,1\n', "cannot be read"),
-        ("factors.csv", "", "cannot be read"),
-        ("factors.csv", "f,g\n1,2\n1,2,3\n", "cannot be read"),
+        ("factors.csv", 'f,g\n"a,1\n', "is no table"),
+        ("factors.csv", "", "is no table"),
+        ("factors.csv", "f,g\n1,2\n1,2,3\n", "is no table"),
+        ("factors.csv", ",f\n0,a\n1,b\n2,c\n", "column 1 has no name"),
+        ("factors.csv", "f,g,f\n1,2,3\n1,2,3\n1,2,3\n", "two columns 'f'"),
     ],
 )
 def test_a_table_that_is_none(tmp_path, name, content, words):
@@ -190,7 +193,17 @@ def test_a_label_that_comes_back_keeps_its_first_words():
 
 
 def test_labels_of_whole_texts_are_one_factor(tmp_path):
-    (tmp_path / "t.txt").write_text("a b|||noun\nc|||verb\n")
+    (tmp_path / "t.txt").write_text("a b|||noun\nc|||verb\nd|||noun\n")
     texts = read_texts(str(tmp_path / "t.txt"), annotated=Annotated("|||", "text"))
-    assert texts.factors["label"].tolist() == ["noun", "verb"] and texts.labels == (("noun",), ("verb",))
-    assert np.array_equal(texts.factor_ids()[0][:, 0], [0, 1])
+    assert texts.factors["label"].tolist() == ["noun", "verb", "noun"]
+    assert texts.labels == (("noun",), ("verb",), ("noun",))
+    assert np.array_equal(texts.factor_ids()[0][:, 0], [0, 1, 0])
+
+
+def test_a_factor_of_another_value_for_each_text_says_nothing():
+    numbers = [f"{row}.5" for row in range(6)]
+    texts = Texts(tuple("abcdef"), factors=pd.DataFrame({"x": numbers, "half": list("001122"), "one": ["y"] * 6}))
+    assert texts.without_say() == ["x", "one"]
+    assert texts.factor_ids()[1] == ["half"] == texts.factor_ids("half")[1]
+    with pytest.raises(InputError, match="no two texts share a value of the factor 'x'"):
+        texts.factor_ids(["x"])

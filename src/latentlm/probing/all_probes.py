@@ -50,6 +50,9 @@ def probe_all(
 
     Returns:
         The results, and of each skipped probe the reason.
+
+    Raises:
+        InputError: all were skipped.
     """
     results: list[ProbeResult] = []
     skipped: dict[str, str] = {}
@@ -68,6 +71,8 @@ def probe_all(
         results.append(result)
         if output is not None:
             result.save(output)
+    if not results:
+        raise InputError(f"no probe can be asked of these texts; {next(iter(skipped))}: {next(iter(skipped.values()))}")
     if output is not None:
         write_whole(Path(output) / "report.html", page(title or "Probes", results, _about(space, texts), skipped))
     return results, skipped

@@ -20,6 +20,7 @@ from latentlm.files import make_folder, whole_file
 Draw = Callable[[Any], None]
 _COLOURS = (
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22", "#4d4d4d",
+    "#aec7e8", "#98df8a",
 )  # fmt: skip
 #: more groups than this share a colour that says "other"
 MOST_GROUPS = len(_COLOURS)

@@ -59,8 +59,8 @@ class LatentSpace:
         if part is not None and len(self.event) == 1:
             raise InputError(f"a latent of {self.event[0]} numbers has no parts: leave part out.")
         if part is not None and (part < 0 or (parts is not None and part >= parts)):
-            have = "any position, from 0" if parts is None else f"{parts} of them, from 0"
-            raise InputError(f"part {part} of a latent of {' × '.join(map(str, self.event))}: there is {have}.")
+            have = "0 or more, a position" if parts is None else f"from 0 to {parts - 1}, a layer"
+            raise InputError(f"part {part} of a latent of {' × '.join(map(str, self.event))}: give a number {have}.")
         if pool == "flat" and model.latent_per_token and part is None:
             raise InputError("trajectories have different lengths: pool them by their mean, or take one position.")
         self._priors: dict[int, tuple[np.ndarray, np.ndarray]] = {}

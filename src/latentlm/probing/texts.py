@@ -12,11 +12,14 @@ import pandas as pd
 from jaxtyping import Int
 
 from latentlm.data import Annotated, read_documents
-from latentlm.errors import InputError, one_sentence
+from latentlm.errors import InputError
+from latentlm.files import reason_of
 
 #: values of a factor; of more, the rarer ones are unknown
 MOST_VALUES = 12
 UNKNOWN = -1
+#: cells of a factor table that say nothing, as a spreadsheet, numpy and R write them
+_UNKNOWN_CELLS = ("", "nan", "NaN", "NA")
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,9 @@ class Texts:
         Raises:
             InputError: there are fewer.
         """
-        if number < 1 or len(self) < number:
+        if number < 1:
+            raise InputError(f"{what} needs at least 1 text, not {number:,}.")
+        if len(self) < number:
             raise InputError(
                 f"{what} needs {number:,} texts, and there are {len(self):,}: ask for fewer, or give more."
             )
@@ -80,19 +85,27 @@ class Texts:
         assert self.factors is not None
         return self.factors[name]
 
+    def without_say(self) -> list[str]:
+        """Factors that tell nothing of likeness: of one value alone, or without a value that two texts share."""
+        names = [] if self.factors is None else list(self.factors.columns)
+        counts = {name: self.factor(name).value_counts() for name in names}
+        return [name for name in names if len(counts[name]) < 2 or int(counts[name].max()) < 2]
+
     def factor_ids(self, names: Sequence[str] | None = None) -> tuple[Int[np.ndarray, "texts factors"], list[str]]:
         """Values as numbers, the most frequent 0, and −1 where unknown or beyond the 12 most frequent; and their names.
 
         Args:
-            names: which factors; by default all that have more than one value.
+            names: which factors; by default all but those `without_say`.
 
         Raises:
-            InputError: no factors, one that is not there, or one with a single value.
+            InputError: no factors, one that is not there, or one of a single value, or of another for each text.
         """
         if names is None:
             names = [] if self.factors is None else list(self.factors.columns)
-            several = [name for name in names if self.factor(name).nunique() > 1]
-            names = several or names
+            left_out = self.without_say()
+            names = [name for name in names if name not in left_out] or names
+        if isinstance(names, str):
+            names = [names]
         if not names:
             raise InputError(
                 "the texts have no factors: take builtin:sentences or annotated texts, or give --factor-table."
@@ -103,6 +116,8 @@ class Texts:
             frequent = values.value_counts(sort=True).index[:MOST_VALUES]
             if len(frequent) < 2:
                 raise InputError(f"the factor {name!r} has a single value in these texts: leave it out.")
+            if name in self.without_say():
+                raise InputError(f"no two texts share a value of the factor {name!r}: bin its values, or leave it out.")
             places = {value: place for place, value in enumerate(frequent)}
             columns.append([places.get(value, UNKNOWN) for value in values])
         return np.array(columns, dtype=np.int64).T, list(names)
@@ -120,7 +135,8 @@ def read_texts(
     """Reads texts as every command does, with what is known of them.
 
     Factors are those that `builtin:sentences` is made of; or the columns of a table (`factors`) that has a row for each
-    text, in their order (more than a `limit` are left out); or what annotations say (`factors_of_labels`).
+    text, in their order (more than a `limit` are left out; "", nan and NA are unknown); or what annotations say
+    (`factors_of_labels`).
 
     Raises:
         InputError: data that cannot be read, or a table of another number of rows.
@@ -144,9 +160,20 @@ def _read_factors(path: Path, rows: int, first_only: bool) -> pd.DataFrame:
     if path.suffix not in readers:
         raise InputError(f"{path}: factors are read from a .csv or a .tsv with a header.")
     try:
-        table = readers[path.suffix](path, dtype=str, keep_default_na=False, na_values=[""])
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {one_sentence(error)}") from error
+        table = readers[path.suffix](
+            path, dtype=str, keep_default_na=False, na_values=list(_UNKNOWN_CELLS), header=None
+        )
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {reason_of(error)}.") from error
+    except ValueError as error:  # of pandas, in words of its parser
+        raise InputError(f"{path} is no table: give a header, and rows that have as many cells as it.") from error
+    header = ["" if pd.isna(name) else str(name).strip() for name in table.iloc[0]]
+    for place, name in enumerate(header):
+        if not name:
+            raise InputError(f"{path}: column {place + 1} has no name: name it, or take it out (an index, perhaps).")
+        if name in header[:place]:
+            raise InputError(f"{path} has two columns {name!r}: name them differently.")
+    table = table.iloc[1:].reset_index(drop=True).set_axis(header, axis=1)
     if len(table) < rows:
         raise InputError(
             f"{path} has factors of {len(table):,} texts, and there are {rows:,}: row {len(table) + 1} is missing."

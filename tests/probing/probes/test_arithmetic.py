@@ -255,7 +255,7 @@ def test_texts_of_a_conditional_model_are_written_and_read_under_labels(monkeypa
         ({"operation": "weighted", "weights": []}, "not all 0"),
         ({"operation": "weighted", "weights": [0.0, 0.0]}, "not all 0"),
         ({"operation": "weighted", "weights": [float("nan")]}, "finite"),
-        ({"groups": 0}, "from 1 on"),
+        ({"groups": 0}, "at least 1 and scale is finite"),
         ({"scale": float("inf")}, "scale is finite"),
         ({"factor": "colour"}, "there is no factor 'colour'"),
         ({"factors": ["colour"]}, "there is no factor 'colour'"),

@@ -52,8 +52,17 @@ def test_silhouette_of_what_has_none(values):
 def test_purity_by_hand():
     near = np.array([[1, 2], [0, 3], [0, 1], [4, 5], [3, 2], [3, 4]])
     values = np.array([0, 0, 1, 1, 1, UNKNOWN])
-    # text 0: its own and another; 1: own, other; 2: both others; 3: own and unknown; 4: both own; 5 does not count
-    assert purity(values, near) == pytest.approx((0.5 + 0.5 + 0 + 0.5 + 1) / 5)
+    # text 0: its own and another; 1: own, other; 2: both others; 3: own, and one that does not count; 4: both own
+    assert purity(values, near) == pytest.approx((0.5 + 0.5 + 0 + 1 + 1) / 5)
+    assert np.isnan(purity(np.array([UNKNOWN] * 6), near))
+
+
+def test_purity_does_not_depend_on_how_many_are_unknown():
+    generator = np.random.default_rng(0)
+    values = generator.integers(0, 2, 4000)
+    near = generator.integers(0, 4000, (4000, 10))
+    some = np.where(generator.random(4000) < 0.9, UNKNOWN, values)
+    assert purity(values, near) == pytest.approx(0.5, abs=0.01) == purity(some, near)
 
 
 def separated(generator, texts=60):
@@ -123,11 +132,12 @@ def test_each_kind_of_latent(family):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "10 neighbours of each need 11 texts, and there are 5"),
+        ({}, "k must be from 1 to 4 for 5 texts, not 10"),
         ({"k": 2, "method": "mds"}, "method must be one of pca, tsne, umap, not 'mds'"),
         ({"k": 2, "factors": ["g"]}, "the factor 'g' has a single value"),
         ({"k": 2, "factors": ["h"]}, "there is no factor 'h': there are f, g"),
-        ({"k": 0}, "0 neighbours"),
+        ({"k": 0}, "k must be from 1 to 4 for 5 texts, not 0"),
+        ({"pictures": -1, "k": 2}, "pictures must be 0 or more, not -1"),
     ],
 )
 def test_what_cannot_be_asked(options, words):

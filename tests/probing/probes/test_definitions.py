@@ -243,7 +243,7 @@ def test_a_model_that_does_not_write(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({}, "definitions need the term of each text: name its column by terms_column, or give terms"),
+        ({}, "definitions need the term of each text: name its column"),
         ({"terms_column": "9"}, "there is no column 9"),
         ({"terms_column": "name"}, "there is no column 'name'"),
         ({"terms_column": "3", "written": -1}, "written must be 0 or more"),

@@ -217,10 +217,10 @@ FACTORS = {"f": list("ab") * 6, "one": ["a"] * 12}
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"seeds": 0}, "at least 1 seed"),
-        ({"words": -1}, "0 words"),
-        ({"training_texts": 99}, "100 training texts"),
-        ({"strength": 0.0}, "a strength above 0"),
+        ({"seeds": 0}, "seeds are at least 1"),
+        ({"words": -1}, "words 0"),
+        ({"training_texts": 99}, "training texts 100"),
+        ({"strength": 0.0}, "the strength is above 0"),
         ({"factors": ["g"]}, "there is no factor 'g': there are f, one"),
         ({"factors": ["one"]}, "the factor 'one' has no two values of 4 texts each: leave it out"),
     ],

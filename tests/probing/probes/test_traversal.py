@@ -145,7 +145,7 @@ def test_texts_of_a_conditional_model_are_written_under_their_labels(monkeypatch
         ({"low": 0.9, "high": 0.1}, "not from 0.9 to 0.1"),
         ({"steps": 1}, "steps must be at least 2"),
         ({"starts": 13}, "traversal needs 13 texts, and there are 12"),
-        ({"starts": 0}, "traversal needs 0 texts"),
+        ({"starts": 0}, "traversal needs at least 1 text, not 0"),
         ({"dimensions": [6]}, r"from 0 to 5 for this model, not \[6\]"),
         ({"dimensions": [1, 1]}, "different numbers"),
         ({"dimensions": []}, "different numbers"),

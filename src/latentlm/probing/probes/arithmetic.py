@@ -46,7 +46,7 @@ def arithmetic(
     """
     of_group = _weights(operation, weights)
     if groups < 1 or most < 1 or not np.isfinite(scale):
-        raise InputError(f"groups and most are numbers from 1 on and scale is finite, not {groups}, {most}, {scale:g}.")
+        raise InputError(f"groups and most are at least 1 and scale is finite, not {groups}, {most} and {scale:g}.")
     texts.first(len(of_group), "arithmetic")
     names = _names(texts, factors)
     attributes = choose_attributes(texts, factor, seed)
@@ -261,8 +261,8 @@ def _about(
         "second value less that of the first, and a logistic regression of codes; of the other half, texts with the "
         f"first value get {scale:g} times the vector, are written and read again: share that the regression takes for "
         "the second. Controls: written without a vector; with random ones of the same length; and texts that have the "
-        "second value themselves, written and read again, which is the ceiling. Accuracy: the regression's, of the "
-        "codes of the other half as they are, beside that of always the more frequent value."
+        "second value themselves, written and read again: what a good vector comes near. Accuracy: the regression's, "
+        "of the codes of the other half as they are, beside that of always the more frequent value."
     )
     if space.model.latent_per_token:
         text += " A trajectory's mean over its positions counts, and the vector is added at each of them."

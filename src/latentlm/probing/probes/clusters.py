@@ -7,7 +7,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from latentlm.errors import InputError
-from latentlm.probing.probes.neighbours import nearest
+from latentlm.probing.probes.neighbours import nearest, shared
 from latentlm.probing.result import ProbeResult, Scatter
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import UNKNOWN, Texts
@@ -39,7 +39,9 @@ def clusters(
     ids, names = texts.factor_ids(factors)
     codes = space.codes(texts)
     if not 1 <= k < len(texts):
-        raise InputError(f"{k} neighbours of each need {k + 1:,} texts, and there are {len(texts):,}.")
+        raise InputError(f"k must be from 1 to {len(texts) - 1:,} for {len(texts):,} texts, not {k}.")
+    if pictures < 0:
+        raise InputError(f"pictures must be 0 or more, not {pictures}.")
     near, _ = nearest(codes, k)
     shuffled = np.random.default_rng(seed).permutation(len(texts))
     rows = []
@@ -68,9 +70,9 @@ def clusters(
     about = (
         f"{len(texts):,} texts, {space.view}, in prior standard deviations. Silhouette (Rousseeuw 1987; Euclidean; of "
         f"the first {MOST_DRAWN:,}): −1 to 1, by the latent's own numbers, not by the picture's. Purity: share of the "
-        f"{k} nearest texts that have the same value. Beside each, the same with values shuffled among the texts. Only "
-        f"the 12 most frequent values count. Pictures: {method} of the first {len(drawn):,}, seed {seed}, of the "
-        f"{len(clearest)} factors with the clearest purity."
+        f"{k} nearest texts, of those whose value is known, that have the same. Beside each, the same with values "
+        "shuffled among the texts. Only the 12 most frequent values count. Pictures: "
+        f"{method} of the first {len(drawn):,}, seed {seed}, of the {len(clearest)} factors with the clearest purity."
     )
     return ProbeResult("clusters", about, pd.DataFrame(rows), scatters=scatters)
 
@@ -87,9 +89,10 @@ def silhouette(codes: Float[np.ndarray, "texts numbers"], values: np.ndarray) ->
 
 
 def purity(values: np.ndarray, near: np.ndarray) -> float:
-    """Mean share of the neighbours of a text of known value that have its value."""
+    """Mean share of the neighbours of known value of a text that have its value; NaN where there are none."""
     known = values != UNKNOWN
-    return float((values[near] == values[:, None])[known].mean())
+    share, _ = shared(values[near] == values[:, None], known, near)
+    return share
 
 
 def project(codes: Float[np.ndarray, "texts numbers"], method: str, seed: int = 0) -> Float[np.ndarray, "texts 2"]:

@@ -36,6 +36,8 @@ def definitions(
 ) -> ProbeResult:
     """Definition modelling: from the code of a term to that of its definition, and to a text; --data has definitions.
 
+    Example: latentlm probe definitions MODEL --data glosses.tsv.xz --column 4 --terms-column 3 --limit 2000
+
     Args:
         terms_column: where the data has the term of each definition: the column's name, or its number from 1 in a file
             without a header (3 in the glosses of Open English WordNet, whose --column is 4).
@@ -156,7 +158,7 @@ def split_by_term(
 def _terms(texts: Texts, column: str | None, path: str | None, separator: str) -> list[str]:
     if column is None and path is None:
         raise InputError(
-            "definitions need the term of each text: name its column by terms_column, or give terms, a file."
+            "definitions need the term of each text: name its column (--terms-column), or give a file (--terms)."
         )
     source = path or texts.source
     if source is None:

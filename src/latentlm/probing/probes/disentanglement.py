@@ -6,6 +6,7 @@ import pandas as pd
 
 from latentlm.errors import InputError
 from latentlm.probing.disentanglement_metrics import disentanglement_scores
+from latentlm.probing.factors import LEAST_TEXTS
 from latentlm.probing.result import ProbeResult
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import Texts
@@ -21,12 +22,15 @@ def disentanglement(
     explicitness.
 
     Args:
-        factors: which, at least two; by default all.
+        factors: which, at least two; by default all of which two values have four texts each.
         seeds: how many; each draws splits, pairs, trees and the shuffled factors anew.
         seed: the first of them.
     """
     if seeds < 1:
         raise InputError(f"seeds must be at least 1, not {seeds}.")
+    if factors is None and texts.factors is not None:
+        kept = [name for name in texts.factors if texts.factor(name).value_counts().ge(LEAST_TEXTS).sum() > 1]
+        factors = kept or None
     ids, names = texts.factor_ids(factors)
     codes = space.codes(texts)
     words = _bag_of_words(texts, codes.shape[1])

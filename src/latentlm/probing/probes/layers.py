@@ -32,6 +32,8 @@ def layers(
 ) -> ProbeResult:
     """What each layer's latents hold: KL, active units, factors by logistic regression, and their part in the NLL.
 
+    Example: latentlm probe layers MODEL --data builtin:stories --limit 2000 (an LTM, or another model of layers)
+
     Args:
         factors: which; by default all that have two values or more, if any are known.
         most: texts for active units and factors, the first; fewer where there are fewer.
@@ -41,6 +43,8 @@ def layers(
     kind = type(space.model).__name__
     if len(space.event) < 2 or space.model.latent_per_token:
         raise InputError(f"{kind} has no latents of layers: this probe is for models such as LTM.")
+    if space.part is not None:
+        raise InputError("the probe shows all layers, each by itself: leave part out (--part).")
     if len(texts) < 2:
         raise InputError("latents of layers are compared with another text's, and there is one: give at least 2.")
     texts = texts.select(range(min(most, len(texts))))

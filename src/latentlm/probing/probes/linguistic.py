@@ -46,7 +46,8 @@ def linguistic(
     """
     if seeds < 1 or words < 0 or training_texts < 100 or not strength > 0:
         raise InputError(
-            "linguistic needs at least 1 seed, 0 words, 100 training texts and a strength above 0: ask for more."
+            "seeds are at least 1, words 0, training texts 100, and the strength is above 0, not "
+            f"{seeds}, {words}, {training_texts} and {strength:g}."
         )
     found, left_out = properties(texts, factors, words)
     if not found:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from latentlm.errors import InputError
 from latentlm.probing.result import ProbeResult
@@ -24,7 +24,7 @@ def neighbours(
     """
     texts.first(queries, "neighbours")
     if not 1 <= k < len(texts):
-        raise InputError(f"{k} neighbours of each need {k + 1:,} texts, and there are {len(texts):,}.")
+        raise InputError(f"k must be from 1 to {len(texts) - 1:,} for {len(texts):,} texts, not {k}.")
     codes = space.codes(texts)
     near, distances = nearest(codes, k, distance)
     rows = [
@@ -32,11 +32,13 @@ def neighbours(
         for row in range(queries)
         for rank, other in enumerate(near[row])
     ]
-    shares = [] if texts.factors is None else [_shared(texts, name, near) for name in texts.factors.columns]
+    left_out = texts.without_say()
+    names = [] if texts.factors is None else [name for name in texts.factors.columns if name not in left_out]
+    shares = [_shares(texts, name, near) for name in names]
     about = (
         f"The {k} nearest of {len(texts):,} texts by the {distance} distance of codes ({space.view}, in prior "
-        "standard deviations). Shared: how many of the neighbours of all texts have the text's own value of a factor; "
-        "by chance: the same if neighbours were drawn at random from the other texts."
+        "standard deviations). Shared: how many of the neighbours of a text, of those whose value is known, have the "
+        "text's own value of a factor, mean over texts; by chance: the same if neighbours were drawn at random."
     )
     listed = pd.DataFrame(rows)
     if not shares:
@@ -61,10 +63,26 @@ def nearest(
     return rows, distances
 
 
-def _shared(texts: Texts, name: str, near: Int[np.ndarray, "texts k"]) -> dict[str, object]:
+def shared(
+    same: Bool[np.ndarray, "texts k"], known: Bool[np.ndarray, " texts"], near: Int[np.ndarray, "texts k"]
+) -> tuple[float, int]:
+    """The share of a text's neighbours, of those whose value is known, that have its own, mean over the texts of known
+    value that have any such; NaN where none has. And the number of these texts.
+
+    Args:
+        same: whether each neighbour has the text's value.
+    """
+    of_known = known[near].sum(1)
+    counted = known & (of_known > 0)
+    if not counted.any():
+        return float("nan"), 0
+    return float(((same & known[near]).sum(1)[counted] / of_known[counted]).mean()), int(counted.sum())
+
+
+def _shares(texts: Texts, name: str, near: Int[np.ndarray, "texts k"]) -> dict[str, object]:
     values = texts.factor(name).to_numpy(dtype=object)
     known = pd.notna(values)
-    same = (values[near] == values[:, None]) & known[:, None]
+    share, number = shared(values[near] == values[:, None], known, near)
     counts = pd.Series(values[known]).value_counts().to_numpy()
-    chance = float((counts * (counts - 1)).sum() / (known.sum() * (len(texts) - 1)))
-    return {"factor": name, "shared": float(same[known].mean()), "by chance": chance, "texts": int(known.sum())}
+    chance = float((counts * (counts - 1)).sum() / (known.sum() * (known.sum() - 1)))
+    return {"factor": name, "shared": share, "by chance": chance, "texts": number}

@@ -28,7 +28,8 @@ def representation(space: LatentSpace, texts: Texts, *, most: int = 1000, seed: 
     kept = np.flatnonzero(partner >= 0)
     if len(kept) < LEAST:
         fits = " of equal length" if space.model.latent_per_token else ""
-        raise InputError(f"CKA needs at least {LEAST} texts{fits}, and there are {len(kept)}: give more (--limit).")
+        number = max(len(kept), min(len(texts), 1))  # one text has no other beside it
+        raise InputError(f"CKA needs at least {LEAST} texts{fits}, and there are {number}: give more (--limit).")
     if len(kept) < len(texts):
         texts = texts.select(kept.tolist())
         partner = others(space.means(texts))

@@ -35,6 +35,8 @@ def trajectory(
 ) -> ProbeResult:
     """What trajectories hold: autocorrelation and power beside the prior's, and what z_t tells of the tokens near t.
 
+    Example: latentlm probe trajectory MODEL --data texts.txt (a GP-VAE, or another model of a latent for each token)
+
     Args:
         length: texts of at least so many tokens are cut to that, and shorter ones left out; by default the length that
             keeps the most tokens.
