@@ -159,6 +159,25 @@ def test_a_perfect_code_and_noise():
     assert noise["accuracy"] == pytest.approx(noise["majority"], abs=0.05) and abs(noise["selectivity"]) < 0.1
 
 
+def test_means_far_within_the_noise_of_z_are_read_and_z_itself_is_not():
+    values = np.random.default_rng(0).integers(0, 3, 600)
+
+    class Dead(worlds.GivenCodes):
+        """q is the prior but for 1e-4."""
+
+        def sampled_codes(self, texts, seed=0):
+            return self.codes(texts) + np.random.default_rng(seed).standard_normal((600, 3))
+
+    codes = 1e-4 * np.eye(3)[values]
+    _, texts = worlds.given(codes, {"f": [*map(str, values)]})
+    row = (
+        linguistic(Dead(dict(zip(texts.texts, codes, strict=True))), texts, words=0)
+        .table.set_index("property")
+        .loc["f"]
+    )
+    assert row["accuracy"] == 1 and abs(row["z sampled"] - 1 / 3) < 0.08
+
+
 def test_what_memory_can_do_shows_in_the_control():
     """As many numbers as texts: random labels are learnt by heart, and come back only where texts do."""
     generator = np.random.default_rng(0)

@@ -52,7 +52,7 @@ def linguistic(
     found, left_out = properties(texts, factors, words)
     if not found:
         raise InputError(f"there is no property to probe in these {len(texts):,} texts: give more texts.")
-    codes = space.codes(texts)
+    codes, draws = space.codes(texts), space.sampled_codes(texts, seed)
     bags = _reduced_bags(texts.texts, codes.shape[1])
     of_text = pd.factorize(np.array(texts.texts, dtype=object))[0]
     each, rows = [], []
@@ -62,13 +62,22 @@ def linguistic(
         for number in range(seed, seed + seeds):
             training, held_out = _split(values[known], training_texts, number)
             figures = _figures(
-                codes[known], bags[known], values[known], of_text[known], training, held_out, strength, number
-            )
+                [part[known] for part in (codes, draws, bags)], values[known], of_text[known], training, held_out,
+                strength, number,
+            )  # fmt: skip
             of_seeds.append(figures)
             each.append({"property": name, "seed": number, **figures})
         table = pd.DataFrame(of_seeds)
         row: dict[str, Any] = {"property": name}
-        for column in ("accuracy", "majority", "control", "selectivity", "control in training", "bag of words"):
+        for column in (
+            "accuracy",
+            "z sampled",
+            "majority",
+            "control",
+            "selectivity",
+            "control in training",
+            "bag of words",
+        ):
             row[column] = table[column].mean()
             if column not in ("majority", "control in training"):
                 row[f"{column} s.d."] = table[column].std(ddof=1) if seeds > 1 else float("nan")
@@ -76,17 +85,18 @@ def linguistic(
     about = (
         f"{len(texts):,} texts, {space.view}, standardised. Multinomial logistic regression (L2, C = {strength:g}), "
         f"trained on {1 - _HELD_OUT:.0%} of the texts of known value, {training_texts:,} at most; accuracy on the "
-        f"others, mean ± s.d. over {seeds} splits (seeds {seed} to {seed + seeds - 1}). Majority: always the most "
-        "frequent value of the training texts. Control, as Hewitt and Liang (2019) ask: each distinct text gets a "
-        "random label with the frequencies of the property's values; selectivity is accuracy less that of the control. "
-        "Theirs are random labels of word types, which come back in held-out text, so that a strong probe scores well "
-        "by memory; whole texts seldom come back, so ours is about chance unless texts are repeated, and what a probe "
-        "can memorise shows in `control in training`, its accuracy on the random labels that it was trained on. Bag of "
-        f"words: the same probe on TF-IDF of words reduced to {bags.shape[1]} numbers by truncated SVD, the line to "
-        f"beat. Length: words, up to {BINS} bins of about equal count (Conneau et al. 2018, SentLen, whose bins are of "
-        f"equal width). Word content (their WC): which of {words} words of middle frequency a text has, of texts with "
-        f"exactly one. A factor of numbers with more than {BINS} values is binned, a parse in brackets counts as its "
-        f"depth, of others the {MOST_VALUES} most frequent values count."
+        f"others, mean ± s.d. over {seeds} splits (seeds {seed} to {seed + seeds - 1}). Standardised means tell what "
+        "lies far within the noise of z, too; z sampled: the same of one draw of z for each text, as a decoder is "
+        "given it. Majority: always the most frequent value of the training texts. Control, as Hewitt and Liang (2019) "
+        "ask: each distinct text gets a random label with the frequencies of the property's values; selectivity is "
+        "accuracy less that of the control. Theirs are random labels of word types, which come back in held-out text, "
+        "so that a strong probe scores well by memory; whole texts seldom come back, so ours is about chance unless "
+        "texts are repeated, and what a probe can memorise shows in `control in training`, its accuracy on the random "
+        f"labels that it was trained on. Bag of words: the same probe on TF-IDF of words reduced to {bags.shape[1]} "
+        f"numbers by truncated SVD, the line to beat. Length: words, up to {BINS} bins of about equal count (Conneau "
+        f"et al. 2018, SentLen, whose bins are of equal width). Word content (their WC): which of {words} words of "
+        f"middle frequency a text has, of texts with exactly one. A factor of numbers with more than {BINS} values is "
+        f"binned, a parse in brackets counts as its depth, of others the {MOST_VALUES} most frequent values count."
     ) + (f" Left out: {'; '.join(left_out)}." if left_out else "")
     classes_of = pd.DataFrame(
         [
@@ -101,7 +111,8 @@ def linguistic(
         heights = np.arange(len(drawn))[::-1]
         spread = drawn["accuracy s.d."].fillna(0.0)
         panel.barh(heights, drawn["accuracy"], xerr=spread, color="#9ecae1", ecolor="#1f77b4", label="code")
-        for column, mark, colour in (("bag of words", "o", "#ff7f0e"), ("control", "x", "#d62728")):
+        marks = (("z sampled", "D", "#1f77b4"), ("bag of words", "o", "#ff7f0e"), ("control", "x", "#d62728"))
+        for column, mark, colour in marks:
             panel.plot(drawn[column], heights, mark, color=colour, label=column, ms=5, ls="none")
         panel.plot(drawn["majority"], heights, "|", color="#000", ms=12, label="majority", ls="none")
         panel.set(yticks=heights, yticklabels=drawn["property"], xlim=(0, 1), xlabel="held-out accuracy")
@@ -234,8 +245,7 @@ def control_labels(
 
 
 def _figures(
-    codes: np.ndarray,
-    bags: np.ndarray,
+    parts: Sequence[np.ndarray],
     values: np.ndarray,
     of_text: np.ndarray,
     training: np.ndarray,
@@ -243,15 +253,20 @@ def _figures(
     strength: float,
     seed: int,
 ) -> dict[str, float]:
+    """Figures of one split; `parts` are codes, draws of z and bags of words."""
+    codes = parts[0]
     control = control_labels(values, of_text, np.random.default_rng(seed))
-    accuracy, _ = probe_accuracy(codes[training], values[training], codes[held_out], values[held_out], strength)
+    accuracy, of_draws, of_bags = (
+        probe_accuracy(part[training], values[training], part[held_out], values[held_out], strength)[0]
+        for part in parts
+    )
     of_control, in_training = probe_accuracy(
         codes[training], control[training], codes[held_out], control[held_out], strength
     )
-    of_bags, _ = probe_accuracy(bags[training], values[training], bags[held_out], values[held_out], strength)
     most = np.bincount(values[training]).argmax()
     return {
         "accuracy": accuracy,
+        "z sampled": of_draws,
         "majority": float((values[held_out] == most).mean()),
         "control": of_control,
         "selectivity": accuracy - of_control,
