@@ -72,7 +72,7 @@ def clusters(
         f"the first {MOST_DRAWN:,}): −1 to 1, by the latent's own numbers, not by the picture's. Purity: share of the "
         f"{k} nearest texts, of those whose value is known, that have the same. Beside each, the same with values "
         "shuffled among the texts. Only the 12 most frequent values count. Pictures: "
-        f"{method} of the first {len(drawn):,}, seed {seed}, of the {len(clearest)} factors with the clearest purity."
+        f"{method} of the first {len(drawn):,}, seed {seed}, of the factors with the clearest purity."
     )
     return ProbeResult("clusters", about, pd.DataFrame(rows), scatters=scatters)
 
