@@ -3,6 +3,7 @@
 from typing import Any
 
 import pandas as pd
+from threadpoolctl import threadpool_limits
 
 from latentlm.errors import InputError
 from latentlm.probing.disentanglement_metrics import disentanglement_scores
@@ -34,9 +35,10 @@ def disentanglement(
     ids, names = texts.factor_ids(factors)
     codes = space.codes(texts)
     words = _bag_of_words(texts, codes.shape[1])
-    scores = disentanglement_scores(
-        codes, ids, names, range(seed, seed + seeds), beside=words, sampled=space.sampled_codes(texts, seed)
-    )
+    with threadpool_limits(1):  # many small products, for which several threads wait on one another
+        scores = disentanglement_scores(
+            codes, ids, names, range(seed, seed + seeds), beside=words, sampled=space.sampled_codes(texts, seed)
+        )
     means, deviations = (
         scores.pivot(index="metric", columns="code", values=value).reindex(scores["metric"].unique())
         for value in ("mean", "sd")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
+from threadpoolctl import threadpool_limits
 
 from latentlm.errors import InputError
 from latentlm.probing.bags import word_bags
@@ -61,10 +62,11 @@ def linguistic(
         of_seeds = []
         for number in range(seed, seed + seeds):
             training, held_out = _split(values[known], training_texts, number)
-            figures = _figures(
-                [part[known] for part in (codes, draws, bags)], values[known], of_text[known], training, held_out,
-                strength, number,
-            )  # fmt: skip
+            with threadpool_limits(1):  # many small products, for which several threads wait on one another
+                figures = _figures(
+                    [part[known] for part in (codes, draws, bags)], values[known], of_text[known], training, held_out,
+                    strength, number,
+                )  # fmt: skip
             of_seeds.append(figures)
             each.append({"property": name, "seed": number, **figures})
         table = pd.DataFrame(of_seeds)
