@@ -4,12 +4,10 @@ import json
 import os
 import sys
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 # the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
@@ -27,7 +25,10 @@ from latentlm.options import (
     SampleBy,
     Seed,
     Settings,
+    change_inference,
     checked_seed,
+    load_model,
+    terminal,
 )
 from latentlm.probe_commands import probe_app
 from latentlm.processes import is_main, join, launched
@@ -45,7 +46,6 @@ app.add_typer(probe_app, name="probe")
 
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
-_FILE_WIDTH = 250
 _OF_SEVERAL_PROCESSES = ("train", "evaluate")
 _MOST_SAMPLES = 1_000_000
 _PAIRS_SHOWN = 5
@@ -88,7 +88,7 @@ def quickstart(
     """
     from latentlm.training.quickstart import quickstart as run
 
-    result = run(output, data=data, seed=seed, console=_console())
+    result = run(output, data=data, seed=seed, console=terminal())
     _write_json(json_file, result.figures)
 
 
@@ -111,7 +111,7 @@ def train(
     from latentlm.training.recipe import load_recipe
     from latentlm.training.run import train as run
 
-    console = _console()
+    console = terminal()
     checked = load_recipe(recipe, overrides or [])
     folder = output or Path("runs") / Path(recipe).stem
     result = run(
@@ -157,7 +157,7 @@ def sweep(
     from latentlm.training.progress import counted
     from latentlm.training.sweep import histories, load_sweep, over_seeds, run_sweep
 
-    console = _console()
+    console = terminal()
     checked = load_sweep(recipe, overrides or [])
     folder = output or Path("runs") / Path(recipe).stem
     failures: list[str] = []
@@ -261,10 +261,10 @@ def evaluate(
     from latentlm.training.progress import counted
     from latentlm.training.run import training_figures
 
-    console = _console()
+    console = terminal()
     join()
-    loaded, tokenizer = _load(model)
-    _change_inference(loaded, settings)
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
     sequences = evaluation_sequences(
         model,
         tokenizer,
@@ -346,8 +346,8 @@ def generate(
     prompts = prompt or []
     _check_utf8("--prompt", prompts)
     rows, lengths = (None, None) if latents is None else read_latents(latents)
-    loaded, tokenizer = _load(model)
-    _change_inference(loaded, settings)
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
     if rows is not None:
         _check_has_latents(model, loaded)
     longest = max((len(tokenizer(text)["input_ids"]) for text in prompts), default=0)
@@ -412,8 +412,8 @@ def encode(
         raise InputError("give the texts either by --text or by --data.")
     _check_utf8("--text", text or [])
     check_latents_path(output)
-    loaded, tokenizer = _load(model)
-    _change_inference(loaded, settings)
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
     _check_has_latents(model, loaded)
     conditional = loaded.annotation_labels is not None
     of_texts = None
@@ -428,7 +428,7 @@ def encode(
     elif labels:
         of_texts = _split_labels(model, loaded, labels * len(text or []) if len(labels) == 1 else labels, text)
     options: dict[str, Any] = {"annotations": of_texts, "cut": data is not None, "batch_size": batch_size, "seed": seed}
-    with counted(_console(), "encoding") as on_progress:
+    with counted(terminal(), "encoding") as on_progress:
         encoding = run(loaded, tokenizer, text or [], **options, on_progress=on_progress)
     encoding.save(output)
     if encoding.truncated:
@@ -488,38 +488,6 @@ def _check_has_latents(name: str, model: Any) -> None:
         raise InputError(
             f"{name} has no latents, being of the family {type(model).__name__}: give a model of another family."
         )
-
-
-def _console() -> Console:
-    console = Console(quiet=not is_main())
-    # a file or a pipe has no width, and a table cut to 80 columns is no table
-    return console if console.is_terminal else Console(width=_FILE_WIDTH, quiet=console.quiet)
-
-
-def _change_inference(model: Any, settings: list[str] | None) -> None:
-    from latentlm.training.recipe import parse_value
-
-    changes = {}
-    for setting in settings or []:
-        name, separator, value = setting.partition("=")
-        if not separator or not name:
-            raise InputError(f"--set {setting!r} is not of the form FIELD=VALUE, as in inference_steps=64.")
-        changes[name] = parse_value(value, f"--set {setting!r}")
-    if changes:
-        model.change_inference(**changes)
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    import torch
-
-    from latentlm.data.hub import hub_or_cache
-    from latentlm.loading import load
-
-    # a hub name is OWNER/NAME
-    with hub_or_cache(name) if len(Path(name).parts) == 2 and not Path(name).parent.exists() else nullcontext():
-        model, tokenizer = load(name)
-    # of several processes on a machine each has its own GPU
-    return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"), tokenizer
 
 
 def _write_json(path: Path | None, content: Any) -> None:

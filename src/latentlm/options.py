@@ -1,11 +1,15 @@
-"""Options that several verbs of the command line share."""
+"""Options that several verbs of the command line share, what becomes of them, and where all verbs print."""
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from latentlm.errors import InputError
+from latentlm.processes import is_main
 
 DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
@@ -50,3 +54,40 @@ Labels = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences at a time; changes speed and memory, no figure.")]
+
+_FILE_WIDTH = 250
+
+
+def terminal() -> Console:
+    """Of one process alone, and wide where it is a file."""
+    console = Console(quiet=not is_main())
+    # a file or a pipe has no width, and a table cut to 80 columns is no table
+    return console if console.is_terminal else Console(width=_FILE_WIDTH, quiet=console.quiet)
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """The model of `Model` on its device, and its tokenizer."""
+    import torch
+
+    from latentlm.data.hub import hub_or_cache
+    from latentlm.loading import load
+
+    # a hub name is OWNER/NAME
+    with hub_or_cache(name) if len(Path(name).parts) == 2 and not Path(name).parent.exists() else nullcontext():
+        model, tokenizer = load(name)
+    # of several processes on a machine each has its own GPU
+    return model.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def change_inference(model: Any, settings: list[str] | None) -> None:
+    """What `Settings` say."""
+    from latentlm.training.recipe import parse_value
+
+    changes = {}
+    for setting in settings or []:
+        name, separator, value = setting.partition("=")
+        if not separator or not name:
+            raise InputError(f"--set {setting!r} is not of the form FIELD=VALUE, as in inference_steps=64.")
+        changes[name] = parse_value(value, f"--set {setting!r}")
+    if changes:
+        model.change_inference(**changes)

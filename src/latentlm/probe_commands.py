@@ -26,6 +26,9 @@ from latentlm.options import (
     SampleBy,
     Seed,
     Settings,
+    change_inference,
+    load_model,
+    terminal,
 )
 
 # several of scikit-learn's take the seeds after it, up to 2³² − 1
@@ -57,16 +60,14 @@ def _opened(
     seed: Seed = 0,
 ) -> Iterator[Any]:
     """The space of a model and the texts, with a bar while latents are inferred; its arguments are every probe's."""
-    from latentlm.cli import _change_inference, _console, _load
-
     if not 0 <= seed <= _HIGHEST_SEED:
         raise InputError(f"--seed of a probe must be from 0 to {_HIGHEST_SEED:,}, not {seed:,}.")
     from latentlm.data.recipe import annotated_as, saved_data_recipe
     from latentlm.probing import LatentSpace, read_texts
     from latentlm.training.progress import counted
 
-    loaded, tokenizer = _load(model)
-    _change_inference(loaded, settings)
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
     options: dict[str, Any] = {"pool": pool, "part": part, "seed": seed, "batch_size": batch_size}
     conditional = loaded.annotation_labels is not None
     annotated = annotated_as(saved_data_recipe(model), annotations, conditional)
@@ -74,7 +75,7 @@ def _opened(
         annotated = type(annotated)(annotated.place, annotated.per)  # their labels are factors
     by = sample_by or "line"
     texts = read_texts(data, column=column, sample_by=by, limit=limit, annotated=annotated, factors=factor_table)
-    with counted(_console(), "inferring latents") as on_progress:
+    with counted(terminal(), "inferring latents") as on_progress:
         yield LatentSpace(loaded, tokenizer, **options, on_progress=on_progress), texts
 
 
@@ -180,20 +181,16 @@ def _probes() -> None:
 
 
 def _say(text: str) -> None:
-    from latentlm.cli import _console
-
-    _console().print(text, highlight=False, soft_wrap=True, markup=False)
+    terminal().print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def _show(table: Any) -> None:
-    from latentlm.cli import _console
-
     rows = Table()
     for column in table.columns:
         rows.add_column(str(column), justify="right" if table[column].dtype.kind in "fiu" else "left")
     for row in table.head(_ROWS_SHOWN).itertuples(index=False):
         rows.add_row(*(_cell(value) for value in row))
-    console: Console = _console()
+    console: Console = terminal()
     console.print(rows)
     if len(table) > _ROWS_SHOWN:
         console.print(f"and {len(table) - _ROWS_SHOWN:,} more rows")

@@ -1,7 +1,7 @@
 """Texts in; texts or latents out."""
 
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from latentlm.files import check_writable, whole_file
 from latentlm.latent_lm import LatentLM
 
 _PLENTY = 2**31
+
+TextBatch = tuple[list[int], Int64[Tensor, "batch time"], Int64[Tensor, "batch time"], dict[str, Tensor] | None]
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _read_parquet(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     if any(len(shape) != 2 or shape[1] != shapes[0][1] for shape in shapes):
         raise ValueError("its rows have different shapes")
     lengths = np.array([shape[0] for shape in shapes])
-    return _stacked([np.array(row).reshape(shape) for row, shape in zip(rows, shapes, strict=True)]), lengths
+    return stacked([np.array(row).reshape(shape) for row, shape in zip(rows, shapes, strict=True)]), lengths
 
 
 @torch.no_grad()
@@ -167,7 +169,7 @@ def encode(
     """
     if isinstance(texts, str):
         raise InputError("give a list of texts, not one string.")
-    lengths = [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]] if texts else []
+    lengths = token_counts(tokenizer, texts) if texts else []
     longest = longest_text(model)
     for row, length in enumerate(lengths):
         if length + 1 > longest and not cut:
@@ -178,17 +180,10 @@ def encode(
         raise InputError(f"the labels of {len(annotations)} texts do not fit {len(texts)}: give those of each.")
     means: list[np.ndarray] = [np.zeros(0)] * len(texts)
     variances = means.copy()
-    labels = model.annotation_labels
     done = 0
-    for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
-        batch = text_batch(tokenizer, [texts[index] for index in indices])
-        condition = None
-        if annotations is not None:
-            condition = on_device(
-                condition_of([annotations[index][:longest] for index in indices], labels), model.device
-            )
-        given = on_device({name: ids[:, : longest + 1] for name, ids in batch.items()}, model.device)
-        posterior = model.infer(given["input_ids"], given["attention_mask"], condition, seed=seed)
+    batches = text_batches(model, tokenizer, texts, lengths, annotations, batch_size)
+    for indices, input_ids, attention_mask, condition in batches:
+        posterior = model.infer(input_ids, attention_mask, condition, seed=seed)
         mean, variance = posterior.mean.float().cpu().numpy(), posterior.variance.float().cpu().numpy()
         for row, index in enumerate(indices):
             end = min(lengths[index] + 1, longest) if model.latent_per_token else None  # EOS is a token, too
@@ -198,7 +193,38 @@ def encode(
             on_progress(done, len(texts))
     of_tokens = np.array([len(mean) for mean in means]) if model.latent_per_token else None
     truncated = sum(length + 1 > longest for length in lengths)
-    return Encoding(np.arange(len(texts)), _stacked(means), _stacked(variances), of_tokens, truncated)
+    return Encoding(np.arange(len(texts)), stacked(means), stacked(variances), of_tokens, truncated)
+
+
+def token_counts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """Of each text, without BOS and EOS."""
+    return [len(ids) for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def text_batches(
+    model: LatentLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    lengths: Sequence[int],
+    annotations: Sequence[Sequence[str]] | None,
+    batch_size: int,
+) -> Iterator[TextBatch]:
+    """Indices, `input_ids` (BOS x_1 … EOS, cut at the model's context), `attention_mask` and condition of batches of
+    texts of similar length, on the model's device; every text is in one.
+
+    Args:
+        lengths: `token_counts` of the texts.
+        annotations: the labels of each text, for a model that is conditional.
+    """
+    longest = longest_text(model)
+    for indices in length_buckets(lengths, batch_size, seed=0, shuffle=False):
+        batch = text_batch(tokenizer, [texts[index] for index in indices])
+        given = on_device({name: ids[:, : longest + 1] for name, ids in batch.items()}, model.device)
+        condition = None
+        if annotations is not None:
+            rows = condition_of([annotations[index][:longest] for index in indices], model.annotation_labels)
+            condition = on_device(rows, model.device)
+        yield list(indices), given["input_ids"], given["attention_mask"], condition
 
 
 def longest_text(model: LatentLM) -> int:
@@ -210,8 +236,8 @@ def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, 
     return {name: value.to(device) for name, value in tensors.items()}
 
 
-def _stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Rows of one shape, or of different lengths with 0 after their ends."""
+def stacked(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Rows of one shape, or of different lengths with 0 after their ends, in one array."""
     if len({row.shape for row in rows}) == 1:
         return np.stack(rows)
     whole = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), dtype=rows[0].dtype)

@@ -106,8 +106,8 @@ def reconstructions(
     pairs = list(zip(sources, written, strict=True))
     return {
         "reconstruction_texts": len(pairs),
-        "reconstruction_bleu": _bleu(written, sources),
-        "reconstruction_bleu_of_other_z": _bleu(others, sources) if half else None,
+        "reconstruction_bleu": bleu(written, sources),
+        "reconstruction_bleu_of_other_z": bleu(others, sources) if half else None,
         "reconstruction_exact_match": sum(source.strip() == text.strip() for source, text in pairs) / len(pairs),
     }, pairs
 
@@ -117,7 +117,8 @@ def _padded(rows: Tensor, longest: int) -> Int64[Tensor, "texts longest"]:
     return nn.functional.pad(rows[:, 1:], (0, longest - rows.shape[1] + 1), value=_NOTHING)
 
 
-def _bleu(written: Sequence[str], sources: Sequence[str]) -> float:
+def bleu(written: Sequence[str], sources: Sequence[str]) -> float:
+    """Corpus BLEU of sacrebleu's defaults, 0 to 100 (Papineni et al. 2002; Post 2018)."""
     from sacrebleu.metrics.bleu import BLEU
 
     # forced: without, it warns of texts that end in " ."

@@ -58,6 +58,14 @@ def _bag(text: Sequence[int], vectors: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return vectors[words].astype(np.float64), counts / counts.sum()
 
 
+def cosines(
+    ones: Float[np.ndarray, "rows numbers"], others: Float[np.ndarray, "rows numbers"]
+) -> Float[np.ndarray, " rows"]:
+    """Of each row with the same row of the others; 0 where one is 0."""
+    norms = np.linalg.norm(ones, axis=1) * np.linalg.norm(others, axis=1)
+    return (ones * others).sum(1) / np.where(norms > 0, norms, 1.0)
+
+
 def _transport() -> Any:
     try:
         import ot

@@ -25,6 +25,7 @@ from latentlm.latent_lm import LatentLM
 from latentlm.layers.injection import INJECTION, Slots, attend, attention_weights, with_slots
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import Texts
+from latentlm.text import stacked
 
 # whose input is all that q takes of a text
 _OUTPUT_OF_ENCODER = {LangVAE: "encoder.norm", GPTVAE: "encoder.mean", GPVAE: "encoder.mean", LTM: "encoder.moments"}
@@ -46,11 +47,7 @@ def others(means: Sequence[Float[np.ndarray, "..."]]) -> Int64[np.ndarray, " tex
 
 def prior_means(space: LatentSpace, means: Sequence[Float[np.ndarray, "..."]]) -> list[np.ndarray]:
     """The mean of p(z) in the shape of each latent."""
-    with torch.no_grad():
-        of_length = {
-            length: space.model.prior(1, length).mean[0].float().cpu().numpy() for length in {len(one) for one in means}
-        }
-    return [of_length[len(one)] for one in means]
+    return [space.from_standardised(np.zeros_like(mean)) for mean in means]
 
 
 @dataclass
@@ -94,7 +91,7 @@ def score(
         notes = stack.enter_context(_watching(model)) if watch else None
         places, states, looks = [], [], []
         for indices, input_ids, attention_mask, condition in space.batches(texts):
-            z = _stacked([latents[index] for index in indices]).to(model.device)
+            z = torch.from_numpy(stacked([latents[index] for index in indices])).float().to(model.device)
             real = model.scored_tokens(input_ids, attention_mask)
             each = model.log_likelihood(z, input_ids, attention_mask, condition)
             nats[indices], tokens[indices] = -each.double().sum(1).cpu().numpy(), real.sum(1).cpu().numpy()
@@ -137,15 +134,6 @@ def encoder_output(space: LatentSpace, texts: Texts) -> Float[np.ndarray, "texts
     finally:
         hook.remove()
     return np.concatenate(rows)[np.argsort(places)].astype(np.float64)
-
-
-def _stacked(latents: Sequence[np.ndarray]) -> Float[Tensor, "batch *event"]:
-    """In one tensor; after the end of a shorter trajectory 0."""
-    longest = max(len(one) for one in latents)
-    rows = np.zeros((len(latents), longest, *latents[0].shape[1:]), dtype=np.float32)
-    for row, one in zip(rows, latents, strict=True):
-        row[: len(one)] = one
-    return torch.from_numpy(rows)
 
 
 def _mean(values: Float[Tensor, "batch time *width"], real: Bool[Tensor, "batch time"]) -> np.ndarray:

@@ -6,7 +6,8 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ class ProbeResult:
         for name, rows in self.details.items():
             written.append(self._write(folder, f"-{name.replace(' ', '-')}.csv", rows.to_csv(index=False)))
         if self.panels or self.scatters:
-            written.append(self._write(folder, ".png", _png(self.figure())))
+            picture = _png(self.figure()) if self.scatters else self._picture_of_panels
+            written.append(self._write(folder, ".png", picture))
         written.append(self._write(folder, ".html", page(self.name, [self])))
         return written
 
@@ -160,13 +162,17 @@ class ProbeResult:
             **{name: _rows(rows) for name, rows in self.details.items()},
         }
 
+    @cached_property
+    def _picture_of_panels(self) -> bytes:
+        """Drawn once for its file, its page and a report."""
+        return _png(replace(self, scatters=()).figure())
+
     def html(self) -> str:
         """A section of a page: text, tables and pictures, all in it."""
         parts = [f'<section id="{html.escape(self.name)}"><h2>{html.escape(self.name)}</h2>']
         parts.append(f"<p>{html.escape(self.about)}</p>{_html_table(self.table)}")
         if self.panels:
-            panels = ProbeResult(self.name, self.about, self.table, panels=self.panels)
-            encoded = base64.b64encode(_png(panels.figure())).decode()
+            encoded = base64.b64encode(self._picture_of_panels).decode()
             parts.append(f'<img alt="{html.escape(self.name)}" src="data:image/png;base64,{encoded}">')
         parts += [scatter.svg() for scatter in self.scatters]
         for name, rows in self.details.items():

@@ -1,21 +1,19 @@
 """A model's latent space, asked about texts again and again: each text is inferred once, whatever asks for it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
-from torch import Tensor
+from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
-from latentlm.data import condition_of
 from latentlm.errors import InputError
 from latentlm.evaluation.batches import evaluating
 from latentlm.generation import WritesText
 from latentlm.latent_lm import LatentLM
 from latentlm.probing.texts import Texts
-from latentlm.text import encode, longest_text, on_device, write
+from latentlm.text import TextBatch, encode, stacked, text_batches, token_counts, write
 
 POOLS = ("mean", "flat")
 
@@ -147,14 +145,17 @@ class LatentSpace:
     def sampled_codes(self, texts: Texts, seed: int = 0) -> Float[np.ndarray, "texts numbers"]:
         """A draw from q(z | x) of each text as one row of numbers, in prior standard deviations.
 
-        Numbers are drawn one by one, each with its own variance: correlations in q are left out.
+        Correlations in q are left out, as in `draws`.
         """
-        generator = np.random.default_rng((seed, 2))
-        rows = []
-        for mean, variance, text in zip(self.means(texts), self.variances(texts), texts.texts, strict=True):
-            drawn = mean + np.sqrt(variance) * generator.standard_normal(mean.shape).astype(mean.dtype)
-            rows.append(self.code(drawn, text))
-        return np.stack(rows)
+        drawn = self.draws(texts, np.random.default_rng((seed, 2)))
+        return np.stack([self.code(z, text) for z, text in zip(drawn, texts.texts, strict=True)])
+
+    def draws(self, texts: Texts, generator: np.random.Generator) -> list[Float[np.ndarray, "..."]]:
+        """A draw from q(z | x) of each text, in the model's own units, each number by itself with its own variance."""
+        return [
+            mean + np.sqrt(variance) * generator.standard_normal(mean.shape)
+            for mean, variance in zip(self.means(texts), self.variances(texts), strict=True)
+        ]
 
     def _code(self, z: np.ndarray, text: str) -> np.ndarray:
         if self.part is not None:
@@ -199,35 +200,15 @@ class LatentSpace:
         options: dict[str, Any] = {"do_sample": False, "max_new_tokens": max_new_tokens}
         if self.model.latent_per_token:
             lengths = torch.tensor([len(z) for z in latents])
-            longest = int(lengths.max())
-            padded = np.zeros((len(latents), longest, *latents[0].shape[1:]), dtype=np.float32)
-            for row, z in enumerate(latents):
-                padded[row, : len(z)] = z
-            options |= {"lengths": lengths.to(self.model.device), "max_new_tokens": longest}
-            given = torch.from_numpy(padded)
-        else:
-            given = torch.from_numpy(np.stack(latents).astype(np.float32))
+            options |= {"lengths": lengths.to(self.model.device), "max_new_tokens": int(lengths.max())}
+        given = torch.from_numpy(stacked(latents)).float()
         annotations = [labels[row] for row in rows] if labels is not None else ()
         return write(self.model, self.tokenizer, latents=given, annotations=annotations, **options)
 
-    def batches(
-        self, texts: Texts
-    ) -> "Sequence[tuple[list[int], Int64[Tensor, 'batch time'], Int64[Tensor, 'batch time'], Any]]":
-        """Indices, `input_ids` (BOS x_1 … EOS), `attention_mask` and condition of batches, on the model's device."""
-        from latentlm.data import length_buckets, text_batch
-
-        longest = longest_text(self.model)
-        lengths = [len(ids) for ids in self.tokenizer(list(texts.texts), add_special_tokens=False)["input_ids"]]
-        found = []
-        for indices in length_buckets(lengths, self.batch_size, seed=0, shuffle=False):
-            batch = text_batch(self.tokenizer, [texts.texts[index] for index in indices])
-            given = on_device({name: ids[:, : longest + 1] for name, ids in batch.items()}, self.model.device)
-            condition = None
-            if (labels := self._labels(texts)) is not None:
-                rows = condition_of([labels[index][:longest] for index in indices], self.model.annotation_labels)
-                condition = on_device(rows, self.model.device)
-            found.append((list(indices), given["input_ids"], given["attention_mask"], condition))
-        return found
+    def batches(self, texts: Texts) -> Iterator[TextBatch]:
+        """What `text_batches` makes of them."""
+        lengths = token_counts(self.tokenizer, texts.texts)
+        return text_batches(self.model, self.tokenizer, texts.texts, lengths, self._labels(texts), self.batch_size)
 
     def _labels(self, texts: Texts) -> Sequence[Sequence[str]] | None:
         if self.model.annotation_labels is None:

@@ -91,6 +91,11 @@ class Texts:
         counts = {name: self.factor(name).value_counts() for name in names}
         return [name for name in names if len(counts[name]) < 2 or int(counts[name].max()) < 2]
 
+    def telling(self) -> list[str]:
+        """The other factors."""
+        left_out = self.without_say()
+        return [] if self.factors is None else [name for name in self.factors.columns if name not in left_out]
+
     def factor_ids(self, names: Sequence[str] | None = None) -> tuple[Int[np.ndarray, "texts factors"], list[str]]:
         """Values as numbers, the most frequent 0, and −1 where unknown or beyond the 12 most frequent; and their names.
 
@@ -101,22 +106,20 @@ class Texts:
             InputError: no factors, one that is not there, or one of a single value, or of another for each text.
         """
         if names is None:
-            names = [] if self.factors is None else list(self.factors.columns)
-            left_out = self.without_say()
-            names = [name for name in names if name not in left_out] or names
+            names = self.telling() or self.without_say()
         if isinstance(names, str):
             names = [names]
         if not names:
             raise InputError(
                 "the texts have no factors: take builtin:sentences or annotated texts, or give --factor-table."
             )
-        columns = []
+        columns, left_out = [], self.without_say()
         for name in names:
             values = self.factor(name)
             frequent = values.value_counts(sort=True).index[:MOST_VALUES]
             if len(frequent) < 2:
                 raise InputError(f"the factor {name!r} has a single value in these texts: leave it out.")
-            if name in self.without_say():
+            if name in left_out:
                 raise InputError(f"no two texts share a value of the factor {name!r}: bin its values, or leave it out.")
             places = {value: place for place, value in enumerate(frequent)}
             columns.append([places.get(value, UNKNOWN) for value in values])

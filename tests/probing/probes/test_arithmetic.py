@@ -15,7 +15,8 @@ from tests.training.runs import unchecked
 from latentlm import InputError
 from latentlm.probing import Texts
 from latentlm.probing.attributes import add_attribute, choose_attributes
-from latentlm.probing.probes.arithmetic import arithmetic, cosines, draw_groups, expected_value, first_rank
+from latentlm.probing.distances import cosines
+from latentlm.probing.probes.arithmetic import arithmetic, draw_groups, expected_value, first_rank
 
 TEXTS = some_texts(40)
 ANALOGY = (1.0, -1.0, 1.0)

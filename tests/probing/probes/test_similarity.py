@@ -11,9 +11,9 @@ from tests.training.runs import trained, unchecked
 from latentlm import InputError
 from latentlm.probing import Texts
 from latentlm.probing.bags import word_bags
+from latentlm.probing.distances import cosines
 from latentlm.probing.probes.similarity import (
     bootstrap_interval,
-    cosine,
     pearson,
     random_pairs,
     shared_factors,
@@ -48,8 +48,8 @@ def test_what_is_constant_has_no_correlation():
 
 def test_cosines_by_hand():
     first, second = np.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]]), np.array([[2.0, 0.0], [-1.0, 1.0], [1.0, 1.0]])
-    np.testing.assert_allclose(cosine(first, second), [1, 0, 0], atol=1e-12)
-    np.testing.assert_allclose(cosine(first, -3 * first), [-1, -1, 0], atol=1e-12)
+    np.testing.assert_allclose(cosines(first, second), [1, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(cosines(first, -3 * first), [-1, -1, 0], atol=1e-12)
 
 
 def test_the_interval_is_as_wide_as_the_spread_of_samples():

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from latentlm.errors import InputError
 from latentlm.probing.attributes import SHARE, Attribute, add_attribute, choose_attributes
+from latentlm.probing.distances import cosines
 from latentlm.probing.result import ProbeResult
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import UNKNOWN, Texts
@@ -134,14 +135,6 @@ def first_rank(
     return float(1 + (likeness[counts & ~fits] > best).sum()), float((counts.sum() + 1) / (fits.sum() + 1))
 
 
-def cosines(
-    ones: Float[np.ndarray, "rows numbers"], others: Float[np.ndarray, "rows numbers"]
-) -> Float[np.ndarray, " rows"]:
-    """Of each row with the same row of the others; 0 where one is 0."""
-    norms = np.linalg.norm(ones, axis=1) * np.linalg.norm(others, axis=1)
-    return (ones * others).sum(1) / np.where(norms > 0, norms, 1.0)
-
-
 def _weights(operation: str, weights: list[float] | None) -> tuple[float, ...]:
     if operation not in OPERATIONS:
         raise InputError(f"operation must be one of {', '.join(OPERATIONS)}, not {operation!r}.")
@@ -157,8 +150,7 @@ def _names(texts: Texts, factors: list[str] | None) -> list[str]:
     if factors is not None:
         texts.factor_ids(factors)  # which says what is wrong with them
         return list(dict.fromkeys(factors))
-    values = {} if texts.factors is None else {name: texts.factor(name).nunique() for name in texts.factors.columns}
-    values = {name: number for name, number in values.items() if number > 1}
+    values = {name: texts.factor(name).nunique() for name in texts.telling()}
     fewest = min(values.values(), default=0)
     found = [name for name, number in values.items() if number == fewest]
     return found if fewest == 2 else found[:1]

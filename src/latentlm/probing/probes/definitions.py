@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 
 from latentlm.data import read_documents
 from latentlm.errors import InputError
+from latentlm.evaluation.reconstruction import bleu
 from latentlm.generation import WritesText
 from latentlm.probing.bags import letter_bags
 from latentlm.probing.result import ProbeResult
@@ -268,11 +269,3 @@ def _written(
         "table `bleu`), as a ceiling, from z of the definition itself; beside each by z of another term."
     )
     return lines, pd.DataFrame(columns), said
-
-
-def bleu(written: list[str], wanted: tuple[str, ...]) -> float:
-    """Corpus BLEU of sacrebleu's defaults, 0 to 100 (Papineni et al. 2002; Post 2018)."""
-    from sacrebleu.metrics.bleu import BLEU
-
-    # forced: without, it warns of texts that end in " ."
-    return float(BLEU(force=True).corpus_score(written, [list(wanted)]).score)

@@ -35,7 +35,7 @@ def layers(
     Example: latentlm probe layers MODEL --data builtin:stories --limit 2000 (an LTM, or another model of layers)
 
     Args:
-        factors: which; by default all that have two values or more, if any are known.
+        factors: which; by default all that tell something, if any are known.
         most: texts for active units and factors, the first; fewer where there are fewer.
         scored: texts for KL and NLL, the first; fewer where there are fewer.
         seed: of the split into texts that are fitted and held out, and of the shuffled factors.
@@ -74,7 +74,7 @@ def layers(
     table = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
     details: dict[str, pd.DataFrame] = {}
     panels = _panels(table)
-    chosen = _factors_of(texts) if factors is None else factors
+    chosen = texts.telling() if factors is None else factors
     if chosen:
         found = _accuracies(texts, chosen, names, codes, seed)
         details["factors"] = found
@@ -147,11 +147,6 @@ def majority_share(values: np.ndarray, fitted: np.ndarray, held_out: np.ndarray)
     if not len(fitted) or not len(held_out):
         return float("nan")
     return float((held_out == np.bincount(fitted).argmax()).mean())
-
-
-def _factors_of(texts: Texts) -> list[str]:
-    known = [] if texts.factors is None else list(texts.factors.columns)
-    return [name for name in known if texts.factor(name).nunique() > 1]
 
 
 def _accuracies(

@@ -32,9 +32,7 @@ def neighbours(
         for row in range(queries)
         for rank, other in enumerate(near[row])
     ]
-    left_out = texts.without_say()
-    names = [] if texts.factors is None else [name for name in texts.factors.columns if name not in left_out]
-    shares = [_shares(texts, name, near) for name in names]
+    shares = [_shares(texts, name, near) for name in texts.telling()]
     about = (
         f"The {k} nearest of {len(texts):,} texts by the {distance} distance of codes ({space.view}, in prior "
         "standard deviations). Shared: how many of the neighbours of a text, of those whose value is known, have the "

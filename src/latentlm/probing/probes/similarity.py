@@ -10,6 +10,7 @@ from latentlm.data import read_documents
 from latentlm.errors import InputError
 from latentlm.probing.bags import cosine as cosine_of_bags
 from latentlm.probing.bags import word_bags
+from latentlm.probing.distances import cosines
 from latentlm.probing.result import ProbeResult
 from latentlm.probing.space import LatentSpace
 from latentlm.probing.texts import Texts
@@ -62,22 +63,22 @@ def similarity(
     needed = np.unique(places)
     codes, at = space.codes(used.select(needed.tolist())), np.searchsorted(needed, places)
     bags = word_bags(used.texts)
-    by_code, by_words = cosine(codes[at[:, 0]], codes[at[:, 1]]), cosine_of_bags(bags[left], bags[right])
+    by_code, by_words = cosines(codes[at[:, 0]], codes[at[:, 1]]), cosine_of_bags(bags[left], bags[right])
     spread = codes.std(0)
     even = (codes - codes.mean(0)) / np.where(spread > 0, spread, 1.0)
     shuffled = generator.permutation(scores)
     lines = {
         "cosine of codes": (by_code, scores),
-        "cosine of codes, standardised": (cosine(even[at[:, 0]], even[at[:, 1]]), scores),
+        "cosine of codes, standardised": (cosines(even[at[:, 0]], even[at[:, 1]]), scores),
         "cosine of codes, scores shuffled": (by_code, shuffled),
         "bag of words (TF-IDF)": (by_words, scores),
     }
     rows = []
-    for name, (cosines, wanted) in lines.items():
+    for name, (likeness, wanted) in lines.items():
         row: dict[str, Any] = {"similarity": name}
         for what, correlation in (("spearman", spearman), ("pearson", pearson)):
-            low, high = bootstrap_interval(cosines, wanted, correlation, resamples, seed)
-            row |= {what: correlation(cosines, wanted), f"{what} low": low, f"{what} high": high}
+            low, high = bootstrap_interval(likeness, wanted, correlation, resamples, seed)
+            row |= {what: correlation(likeness, wanted), f"{what} low": low, f"{what} high": high}
         rows.append(row | {"pairs": len(scores)})
     about = (
         f"{len(scores):,} pairs of {len(needed):,} texts; score: {of}. Cosine of the codes of both ({space.view}, in "
@@ -116,14 +117,6 @@ def similarity(
         panel.legend(frameon=False)
 
     return ProbeResult("similarity", about, pd.DataFrame(rows), {"pairs": listed}, [draw, draw_lines])
-
-
-def cosine(
-    first: Float[np.ndarray, "pairs numbers"], second: Float[np.ndarray, "pairs numbers"]
-) -> Float[np.ndarray, " pairs"]:
-    """Cosine of each row with the same row of the other; 0 where one of them is 0."""
-    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    return (first * second).sum(1) / np.where(lengths > 0, lengths, 1.0)
 
 
 def pearson(first: Float[np.ndarray, " pairs"], second: Float[np.ndarray, " pairs"]) -> float:

@@ -115,11 +115,8 @@ def _values(
     """Where each dimension is put, in prior standard deviations."""
     if over == "prior":
         return np.repeat(prior_quantiles(shares)[:, None], space.event[-1], axis=1)
-    drawn = [
-        mean + np.sqrt(variance) * generator.standard_normal(mean.shape)
-        for mean, variance in zip(space.means(texts), space.variances(texts), strict=True)
-    ]
-    return np.quantile(_stacked(space, [space.standardised(z) for z in drawn]), shares, axis=0)
+    drawn = [space.standardised(z) for z in space.draws(texts, generator)]
+    return np.quantile(_stacked(space, drawn), shares, axis=0)
 
 
 def _stacked(space: LatentSpace, latents: Sequence[np.ndarray]) -> Float[np.ndarray, "parts size"]:
