@@ -1,6 +1,5 @@
 """The command `latentlm`. Each verb calls one function of the library and prints what it returns."""
 
-import json
 import os
 import sys
 import warnings
@@ -13,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 # the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
 from latentlm.endings import told_in_one_sentence
 from latentlm.errors import InputError
+from latentlm.evaluate_commands import evaluate_app
 from latentlm.options import (
     DATA_HELP,
     Annotations,
@@ -29,9 +29,10 @@ from latentlm.options import (
     checked_seed,
     load_model,
     terminal,
+    write_json,
 )
 from latentlm.probe_commands import probe_app
-from latentlm.processes import is_main, join, launched
+from latentlm.processes import launched
 
 app = typer.Typer(
     name="latentlm",
@@ -42,13 +43,13 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.add_typer(evaluate_app, name="evaluate")
 app.add_typer(probe_app, name="probe")
 
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
 _OF_SEVERAL_PROCESSES = ("train", "evaluate")
 _MOST_SAMPLES = 1_000_000
-_PAIRS_SHOWN = 5
 _LEAST_TEMPERATURE = 1e-12  # far below it logits overflow
 
 
@@ -89,7 +90,7 @@ def quickstart(
     from latentlm.training.quickstart import quickstart as run
 
     result = run(output, data=data, seed=seed, console=terminal())
-    _write_json(json_file, result.figures)
+    write_json(json_file, result.figures)
 
 
 @app.command()
@@ -132,7 +133,7 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
-    _write_json(json_file, last)
+    write_json(json_file, last)
 
 
 @app.command()
@@ -176,7 +177,7 @@ def sweep(
     shown = {name: of_study for name, of_study in every.items() if of_study}
     for name, of_study in shown.items():
         console.print(study_table(name, of_study))
-    _write_json(json_file, rows)
+    write_json(json_file, rows)
     if shown:
         write_whole(folder / "studies.md", "\n".join(study_markdown(*study) for study in shown.items()))
         plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items()}
@@ -189,121 +190,6 @@ def sweep(
         highlight=False,
         soft_wrap=True,
     )
-
-
-@app.command()
-def evaluate(
-    model: Model,
-    data: Annotated[
-        str | None, typer.Option(help="By default the validation data of the model's recipe. " + DATA_HELP)
-    ] = None,
-    column: Column = None,
-    sample_by: SampleBy = None,
-    annotations: Annotations = None,
-    limit: Limit = None,
-    iw_samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="K of the importance-weighted bound.")] = 16,
-    protocol: Annotated[
-        str, typer.Option(help="honest, or paper: beside it what the family's published code would report.")
-    ] = "honest",
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="Score what follows so many tokens, too, with z inferred from them alone; "
-            "of --diversity and --style-transfer the length of a prompt, otherwise 4.",
-        ),
-    ] = None,
-    reinfer_every: Annotated[
-        int | None, typer.Option(min=1, help="With --prompt-tokens: infer z afresh after so many tokens.")
-    ] = None,
-    prior_samples: Annotated[
-        int, typer.Option(min=0, max=_MOST_SAMPLES, help="Measure the variety of so many texts from the prior.")
-    ] = 0,
-    diversity: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=_MOST_SAMPLES,
-            metavar="PROMPTS",
-            help="Measure how the texts of a prompt differ by z alone, for so many prompts.",
-        ),
-    ] = 0,
-    style_transfer: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=_MOST_SAMPLES,
-            metavar="PAIRS",
-            help="Go on from one text's beginning with another one's z, for so many pairs; measure what z brings.",
-        ),
-    ] = 0,
-    reconstructions: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            max=_MOST_SAMPLES,
-            metavar="TEXTS",
-            help="Write so many texts from their own z and compare: BLEU, exact match (no likelihood).",
-        ),
-    ] = 0,
-    settings: Settings = None,
-    batch_size: BatchSize = 32,
-    seed: Seed = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Honest likelihood of text: ELBO, importance-weighted bound, KL, active units, bits per byte.
-
-    Example: latentlm evaluate runs/quickstart/ltm --iw-samples 64 --json figures.json
-    """
-    from latentlm.data.recipe import evaluation_sequences
-    from latentlm.evaluation.measure import measure
-    from latentlm.evaluation.report import reconstructed, table
-    from latentlm.training.progress import counted
-    from latentlm.training.run import training_figures
-
-    console = terminal()
-    join()
-    loaded, tokenizer = load_model(model)
-    change_inference(loaded, settings)
-    sequences = evaluation_sequences(
-        model,
-        tokenizer,
-        loaded.config.max_position_embeddings,
-        data,
-        column=column,
-        sample_by=sample_by,
-        limit=limit,
-        annotations=annotations,
-        labels=loaded.annotation_labels,
-    )
-    if truncated := getattr(sequences, "truncated", 0):
-        longest = loaded.config.max_position_embeddings
-        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")  # type: ignore[arg-type]
-    with counted(console, "evaluating") as on_progress:
-        figures = measure(
-            loaded,
-            sequences,
-            protocol=protocol,
-            iw_samples=iw_samples,
-            prompt_tokens=prompt_tokens,
-            reinfer_every=reinfer_every,
-            prior_samples=prior_samples,
-            diversity=diversity,
-            style_transfer=style_transfer,
-            reconstructions=reconstructions,
-            tokenizer=tokenizer,
-            batch_size=batch_size,
-            seed=seed,
-            on_progress=on_progress,
-        )
-    # of what they are is part of what they say
-    figures |= training_figures(model) | {"data": data, "seed": seed, "settings": settings or []}
-    caption = f"{data or 'validation data of its recipe'}, seed {seed}"
-    console.print(caption, markup=False, highlight=False, soft_wrap=True)
-    console.print(table({Path(model).name: figures}))
-    if pairs := figures.get("reconstruction_pairs"):
-        console.print(reconstructed(pairs[:_PAIRS_SHOWN]), markup=False, highlight=False, soft_wrap=True)
-    _write_json(json_file, figures)
 
 
 @app.command()
@@ -378,7 +264,7 @@ def generate(
     for text in texts:
         typer.echo(text)
     given = {"prompts": prompts, "latents": None if latents is None else str(latents), "labels": labels or []}
-    _write_json(json_file, {**given, "number": number, "seed": seed, "texts": texts})
+    write_json(json_file, {**given, "number": number, "seed": seed, "texts": texts})
 
 
 @app.command()
@@ -488,13 +374,6 @@ def _check_has_latents(name: str, model: Any) -> None:
         raise InputError(
             f"{name} has no latents, being of the family {type(model).__name__}: give a model of another family."
         )
-
-
-def _write_json(path: Path | None, content: Any) -> None:
-    from latentlm.files import write_whole
-
-    if path is not None and is_main():
-        write_whole(path, json.dumps(content, indent=1))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """Options that several verbs of the command line share, what becomes of them, and where all verbs print."""
 
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -63,6 +64,14 @@ def terminal() -> Console:
     console = Console(quiet=not is_main())
     # a file or a pipe has no width, and a table cut to 80 columns is no table
     return console if console.is_terminal else Console(width=_FILE_WIDTH, quiet=console.quiet)
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    """What `JsonFile` asks for; of several processes the first one writes."""
+    from latentlm.files import write_whole
+
+    if path is not None and is_main():
+        write_whole(path, json.dumps(content, indent=1))
 
 
 def load_model(name: str) -> tuple[Any, Any]:
