@@ -36,7 +36,7 @@ class _LikelihoodOrTable(TyperGroup):
     """A group whose first word may be a model: the command is then the likelihood."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+        if not args or args[0] not in {*self.commands, *ctx.help_option_names}:
             args = [_DEFAULT, *args]
         return super().parse_args(ctx, args)
 
@@ -49,7 +49,6 @@ evaluate_app = typer.Typer(
 
     Example: latentlm evaluate runs/quickstart/ltm --iw-samples 64 --json figures.json
     """,
-    no_args_is_help=True,
     rich_markup_mode=None,
 )
 
