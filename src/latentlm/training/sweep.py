@@ -396,7 +396,8 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
             labels = model.annotation_labels
             longest = model.config.max_position_embeddings
             data[limit] = evaluation_sequences(folder, tokenizer, longest, limit=limit, labels=labels)
-        figures = trained | measure(model, data[limit], tokenizer=tokenizer, seed=trial.seed, **options)
+        about: dict[str, Any] = {"tokenizer": tokenizer, "trained": trained, "seed": trial.seed}
+        figures = {"family": type(model).__name__} | measure(model, data[limit], **about, **{"flops": True, **options})
         write_whole(folder / SCORES_FILE, json.dumps({**_scores(folder), trial.key: figures}, indent=1))
 
 
