@@ -177,7 +177,12 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
     for row in rows:
         if row.get(x) is None and row["settings"].get(x) is None:
             continue
-        name = row["run"] if of_evaluation or x in row else row["evaluation"] or ("control" if row["exact"] else "LTM")
+        if of_evaluation:
+            name = row["run"]
+        elif row["line"] != row["run"] or x in row:  # of a grid, or each run a place of its own
+            name = row["line"]
+        else:
+            name = row["evaluation"] or ("control" if row["exact"] else "LTM")
         series.setdefault(name, []).append(row)
     for index, (name, group) in enumerate(series.items()):
         exact = all(row["exact"] for row in group)

@@ -158,9 +158,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run seen from a study: under which name, changed by what, and scored how."""
+    """A run seen from a study: under which name, changed by what, and scored how.
+
+    `line` is the name that it shares with the other runs of a grid.
+    """
 
     study: str
+    line: str
     name: str
     evaluation: str
     seed: int
@@ -280,7 +284,7 @@ def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str], con
             Scoring.of(**{key: value for key, value in scoring.items() if key != "limit"})
             if seed == study.seeds[0] and inference:
                 run.change(inference)
-            trials.append(Trial(name, label, str(evaluation), seed, run, changes, inference, scoring))
+            trials.append(Trial(name, str(run_name), label, str(evaluation), seed, run, changes, inference, scoring))
     known = {key for trial in trials for key in {**trial.run.settings, **trial.inference, **trial.scoring}}
     if study.plot and study.plot["x"] not in FIGURES | known:
         raise InputError(f"plot: x must be a setting or a figure, not {study.plot['x']!r}.")
@@ -342,7 +346,13 @@ def run_sweep(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return [
-        {"study": trial.study, "run": trial.name, "evaluation": trial.evaluation, "seed": trial.seed}
+        {
+            "study": trial.study,
+            "line": trial.line,
+            "run": trial.name,
+            "evaluation": trial.evaluation,
+            "seed": trial.seed,
+        }
         | {"settings": {**trial.run.settings, **trial.inference, **trial.scoring}}
         | scores[trial.run][trial.key]
         for trial in sweep.trials
