@@ -106,11 +106,12 @@ def completions(
 
         rows[name] = _write(writer, begun, new_tokens, each, do_sample, fixed_length, seed, progress)
     rows["human"] = Row(real)
-    before, real_strings = strings(begun[:, 1:].tolist()), strings(real)
+    known = begun[:, 1:].tolist()
+    before, real_strings = strings(known), strings(real)
     options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "on_progress": on_progress}
     of_people = None
     if reader is not None:
-        of_people = features(reader, _joined(before, real_strings), **options)
+        of_people = features(reader, strings(_joined(known, real)), **options)
     figures, lines = {}, []
     for name, row in rows.items():
         of_each = len(row.texts) // prompts
@@ -128,7 +129,8 @@ def completions(
         if scorer is not None:
             figures[name] |= generative_perplexity(scorer, written, tokenizer, prompts=prompted, **options)
         if reader is not None and of_people is not None and name != "human":
-            figures[name] |= mauve(of_people, features(reader, _joined(prompted, written), **options), seed=seed)
+            whole = strings(_joined(known, row.texts))  # as tokens: of words, strings would need a blank between
+            figures[name] |= mauve(of_people, features(reader, whole, **options), seed=seed)
         per_second = row.written_tokens / row.seconds if row.seconds else None
         figures[name] |= {"seconds": row.seconds, "tokens_per_second": per_second}
     return {
@@ -204,12 +206,13 @@ def _of_texts(texts: Texts, each: int) -> dict[str, Any]:
     return {
         "texts": len(texts),
         "tokens": sum(map(len, texts)),
-        "different_texts_per_prompt": mean([len({*map(tuple, some)}) for some in of_prompts]),
+        "different_texts_per_prompt": mean([float(len({*map(tuple, some)})) for some in of_prompts]),
         **variety([texts[place::each] for place in range(each)]),
         "self_bleu": mean([*map(self_bleu, of_prompts)]) if each > 1 else None,
     }
 
 
-def _joined(prompts: Sequence[Documents], texts: Sequence[Documents]) -> list[Documents]:
-    """Each prompt and its text as one: the prompt's last document goes on."""
-    return [(*prompt[:-1], prompt[-1] + text[0], *text[1:]) for prompt, text in zip(prompts, texts, strict=True)]
+def _joined(prompts: Texts, texts: Texts) -> Texts:
+    """Each text after its prompt."""
+    each = len(texts) // len(prompts)
+    return [prompts[place // each] + text for place, text in enumerate(texts)]

@@ -78,8 +78,8 @@ def features(
     check_mauve(reader)
     model, tokenizer = reader
     bos, _ = bos_and_eos(tokenizer)
-    longest = model.config.max_position_embeddings
-    read = TokenTexts([[bos, *ids[:longest]] for ids in document_ids(tokenizer, texts) if ids])
+    longest = model.config.max_position_embeddings  # positions: BOS is read, too
+    read = TokenTexts([[bos, *ids][:longest] for ids in document_ids(tokenizer, texts) if ids])
     if not len(read):
         return torch.zeros(0, 1)
     places, parts = [], []
