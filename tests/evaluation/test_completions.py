@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from sacrebleu.metrics.bleu import BLEU
-from tests.toy import BOS, EOS, VARIANTS, Rows, pretrained_part, small_model, small_variant, texts
+from tests.toy import BOS, EOS, Rows, pretrained_part, small_model, small_variant, texts
 
 from latentlm import InputError
 from latentlm.data.tokenizers import load_tokenizer
@@ -203,6 +203,18 @@ def test_scorer_and_reader_are_asked_for_each_row_and_batches_change_nothing(wor
         written = features(judge, [(f"{line['prompt']} {line['text']}",) for line in greedy])
         assert row["mauve"] == pytest.approx(mauve(people, written)["mauve"])
     assert notes(found) == ["EOS is a token between documents: no text ends by it, and all are of one length."]
+
+
+@pytest.mark.parametrize("name", ["ltm", "gp_vae", "autoregressive"])
+def test_greedy_texts_do_not_depend_on_how_many_are_written_at_once(monkeypatch, words, name):
+    """What is sampled does: the tokens of a batch come from one generator, so its size is fixed."""
+    model = small_variant(name, eos_token_id=EOS)
+    one, _ = completions(model, data(), words, **SMALL)
+    monkeypatch.setattr("latentlm.evaluation.completions.AT_ONCE", 3)
+    other, _ = completions(model, data(), words, **SMALL)
+    one, other = without_times(one)["rows"], without_times(other)["rows"]
+    assert one["greedy"] == other["greedy"]
+    assert one["human"] == other["human"]
 
 
 # ---- what cannot be asked --------------------------------------------------------------------------------------------

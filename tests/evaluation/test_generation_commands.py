@@ -7,8 +7,9 @@ import pytest
 from tests.command import assert_one_sentence, prepare, run
 from tests.training.runs import trained, unchecked
 
-COMPLETIONS = "evaluate completions model --prompts 6 --prompt-tokens 3 --new-tokens 4 --each 2".split()
-SAMPLES = "evaluate samples model --number 4 --length 6".split()
+COUNTS = {"--prompts": 6, "--prompt-tokens": 3, "--new-tokens": 4, "--each": 2}
+COMPLETIONS = ["evaluate", "completions", "model", *(str(part) for pair in COUNTS.items() for part in pair)]
+SAMPLES = ["evaluate", "samples", "model", "--number", "4", "--length", "6"]
 
 
 @pytest.fixture(autouse=True)

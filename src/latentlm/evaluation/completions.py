@@ -1,4 +1,4 @@
-"""How a model goes on from prompts: completions beside what people wrote there (Kong et al. 2025, section 4, Table 2).
+"""How a model goes on from prompts: completions beside what people wrote there (Kong et al. 2025, Table 2).
 
 z is inferred from the prompt alone, afresh for each text. So greedy texts of a prompt differ by z, and by nothing else;
 a model without latents has one, which stands for all of them here, so that figures of sets are of equal size.
@@ -186,11 +186,12 @@ def _write(
         for first in range(0, len(begun), at_once):
             some = begun[first : first + at_once]
             with stopping(writer, fixed_length):
+                # z belongs to its prompt; the tokens of a batch come from one generator, and want one of their own
                 written = writer.generate(
                     some,
                     max_new_tokens=new_tokens,
                     num_return_sequences=draws,
-                    seed=seed + first,
+                    seed=seed + first if do_sample else seed,
                     **sampling(do_sample),
                 )
             texts += new_texts(writer, written[:, begun.shape[1] :].tolist(), fixed_length)

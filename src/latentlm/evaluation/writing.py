@@ -101,7 +101,7 @@ def document_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Documents])
 
 
 def repetition(text: Sequence[int]) -> float | None:
-    """Share of the 4-grams of a text that repeat an earlier one, 1 − distinct ÷ all (Welleck et al. 2020, section 6,
+    """Share of the 4-grams of a text that repeat an earlier one, 1 − distinct ÷ all (Welleck et al. 2020,
     seq-rep-4); None for less than four tokens.
     """
     share = distinct([text], _REPEATED)
