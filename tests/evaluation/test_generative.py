@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from tests.toy import BOS, EOS, VOCABULARY, pretrained_part, small_model, three_verbs
+from tests.toy import BOS, EOS, VOCABULARY, Rows, pretrained_part, small_model, three_verbs
 
 from latentlm import InputError
 from latentlm.data.tokenizers import load_tokenizer, train_tokenizer
+from latentlm.evaluation.continuation import continuation
 from latentlm.evaluation.generative import Reader, generative_perplexity
 from latentlm.evaluation.writing import document_ids, documents
 
@@ -129,7 +130,7 @@ def test_a_scorer_with_latents_gives_a_bound_that_nears_the_likelihood(words):
 
 
 def test_after_a_prompt_a_latent_is_that_of_the_prompt(words):
-    """The same texts after other prompts cost otherwise, and each cost is a bound of its own."""
+    """Which has its own figure, the continuation's, where all prompts are of one length."""
     model = small_model("ltm", eos_token_id=EOS)
     rows, prompts = some_ids(3, 4), some_ids(3, 6, seed=1)
     options = {"prompts": in_words(words, prompts), "samples": 3}
@@ -139,7 +140,12 @@ def test_after_a_prompt_a_latent_is_that_of_the_prompt(words):
     )
     assert one == again
     assert one["generative_nll_per_token"] != other["generative_nll_per_token"]
+    whole = Rows([torch.tensor([BOS, *prompt, *row]) for prompt, row in zip(prompts, rows, strict=True)])
+    expected = continuation(model, whole, prompt_tokens=6, samples=3)
+    assert one["generative_nll_per_token"] == pytest.approx(expected["continuation_nll_per_token"])
     assert one["generative_tokens"] == 12
+    of_texts_alone = generative_perplexity(Reader(model, words), in_words(words, rows), words, samples=3)
+    assert of_texts_alone["generative_nll_per_token"] != pytest.approx(one["generative_nll_per_token"])
 
 
 def test_empty_texts_are_left_out_and_counted(control, words):
