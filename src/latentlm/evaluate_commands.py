@@ -117,6 +117,9 @@ def likelihood(
             help="Write so many texts from their own z and compare: BLEU, exact match (no likelihood).",
         ),
     ] = 0,
+    flops: Annotated[
+        bool, typer.Option("--flops", help="Count the floating-point operations of a training step, too.")
+    ] = False,
     settings: Settings = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
@@ -162,13 +165,16 @@ def likelihood(
             diversity=diversity,
             style_transfer=style_transfer,
             reconstructions=reconstructions,
+            flops=flops,
             tokenizer=tokenizer,
+            trained=training_figures(model),
             batch_size=batch_size,
             seed=seed,
             on_progress=on_progress,
         )
     # of what they are is part of what they say
-    figures |= training_figures(model) | {"data": data, "seed": seed, "settings": settings or []}
+    known = {"task": "likelihood", "model": model, "family": type(loaded).__name__}
+    figures = known | figures | {"data": data, "seed": seed, "settings": settings or []}
     caption = f"{data or 'validation data of its recipe'}, seed {seed}"
     console.print(caption, markup=False, highlight=False, soft_wrap=True)
     console.print(table({Path(model).name: figures}))

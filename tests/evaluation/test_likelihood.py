@@ -31,6 +31,7 @@ KEYS = {
     "kl_per_token",
     "kl_per_sequence",
     "prior_nll_per_token",
+    "prior_mean_nll_per_token",
     "elbo_perplexity",
     "iw_perplexity",
     "elbo_bits_per_byte",
@@ -113,6 +114,16 @@ def test_tokens_and_bytes_are_those_of_the_text(figures, sequences, tokenizer):
     assert figures["bytes"] == sum(len(text.encode()) for text in kept)
 
 
+def test_under_the_priors_mean_it_is_a_language_model_without_latents(sequences):
+    model = load(trained("ltm"))[0]
+    total = 0.0
+    for index in range(len(sequences)):
+        row = sequences[index]["input_ids"][None]
+        total -= float(model.log_likelihood(torch.zeros(1, *model.latent_shape), row).sum())
+    figures = evaluate(model, sequences, iw_samples=1)
+    assert figures["prior_mean_nll_per_token"] == pytest.approx(total / figures["tokens"], rel=1e-5)
+
+
 def test_a_latent_model_says_that_its_figures_are_bounds(sequences):
     figures = evaluate(load(trained("ltm"))[0], sequences, iw_samples=4)
     assert figures["exact"] is False
@@ -127,7 +138,8 @@ def test_the_control_says_that_its_figures_are_the_likelihood(sequences):
     assert figures["iw_samples"] == 1
     assert figures["kl_per_token"] == figures["latent_units"] == figures["active_units"] == 0
     assert figures["mutual_information"] == pytest.approx(0, abs=1e-9)
-    for key in ("iw_nll_per_token", "reconstruction_nll_per_token", "prior_nll_per_token"):
+    of_latents = ("reconstruction_nll_per_token", "prior_nll_per_token", "prior_mean_nll_per_token")
+    for key in ("iw_nll_per_token", *of_latents):
         assert figures[key] == pytest.approx(figures["elbo_nll_per_token"], rel=1e-7)
 
 

@@ -21,9 +21,9 @@ FIGURES = {
 }
 
 
-def row(run="LTM", evaluation="", *, exact=False, seeds=1, spread=None, settings=None, **figures):
-    return {"study": "s", "run": run, "evaluation": evaluation, "seed": 0, "exact": exact, "seeds": seeds,
-            "spread": spread or {}, "settings": settings or {}, **FIGURES, **figures}  # fmt: skip
+def row(run="LTM", evaluation="", *, exact=False, seeds=1, spread=None, settings=None, line=None, **figures):
+    return {"study": "s", "line": line or run, "run": run, "evaluation": evaluation, "seed": 0, "exact": exact,
+            "seeds": seeds, "spread": spread or {}, "settings": settings or {}, **FIGURES, **figures}  # fmt: skip
 
 
 def printed(rows, name="a study") -> str:
@@ -177,6 +177,24 @@ def test_an_exact_model_is_one_line_marked_exact_and_others_are_bounds(tmp_path,
     study_plots({"window": PLOTS["a setting of the run, and a control"]}, tmp_path / "plot.png")
     labels = [text.get_text() for text in panels[0].get_legend().get_texts()]
     assert labels == ["LTM: ELBO", "LTM: IW", "control: exact"]
+
+
+def test_the_runs_of_a_grid_are_one_line(tmp_path, panels):
+    rows = [
+        row(
+            f"T={steps}, max_steps={most}",
+            line=f"T={steps}",
+            training_flops=1e9 * most * steps,
+            iw_nll_per_token=3 / most,
+        )
+        for steps in (1, 4)
+        for most in (20, 10)
+    ]
+    study_plots({"s": (rows, {"x": "training_flops", "y": ["iw_nll_per_token"]})}, tmp_path / "plot.png")
+    lines = [list(line.get_xdata()) for line in panels[0].get_lines()]
+    found = {text.get_text() for text in panels[0].get_legend().get_texts()}
+    assert found == {"T=1: IW", "T=4: IW"}
+    assert lines == [[1e10, 2e10], [4e10, 8e10]]
 
 
 def test_each_study_has_a_panel(tmp_path, panels):

@@ -6,6 +6,8 @@ A figure is exact, a bound or neither, and says so:
     iw_nll              importance-weighted bound, K samples of q; between −log p(x) and −ELBO in expectation
     reconstruction_nll  −E_q log p(x | z), no bound: z has seen x and its cost is left out
     prior_nll           −log of the mean over K prior samples of p(x | z), a bound that makes no use of inference
+    prior_mean_nll      −log p(x | z̄), z̄ = E_p[z]: the same weights as a language model without a latent, exactly. Only
+                        below it do the bounds say that z pays for itself
 
 Corpus figures are sums over sums: Σ nats ÷ Σ tokens, with perplexity the exponential of that.
 """
@@ -65,7 +67,7 @@ def evaluate(
     # by their hash, so that the data's order neither chooses nor groups them
     places = {index: place for place, index in enumerate(by_hash(sequences)[:MUTUAL_INFORMATION_SEQUENCES])}
     statistics = LatentStatistics(_common_length(sequences) if model.latent_per_token else None)
-    figures = PerSequence("tokens", "elbo", "iw", "reconstruction", "kl", "prior")
+    figures = PerSequence("tokens", "elbo", "iw", "reconstruction", "kl", "prior", "prior_mean")
     conditional = False
     start = time.perf_counter()
     with evaluating(model):
@@ -105,6 +107,7 @@ def evaluate(
         "kl_per_token": per_token["kl"],
         "kl_per_sequence": totals["kl"] / number,
         "prior_nll_per_token": per_token["prior"],
+        "prior_mean_nll_per_token": per_token["prior_mean"],
         "elbo_perplexity": perplexity(per_token["elbo"]),
         "iw_perplexity": perplexity(per_token["iw"]),
         "elbo_bits_per_byte": totals["elbo"] / math.log(2) / num_bytes,
@@ -145,7 +148,9 @@ def score(
     statistics: LatentStatistics | None = None,
     places: Int64[Tensor, " batch"] | None = None,
 ) -> dict[str, Float[Tensor, " batch"]]:
-    """NLLs and KL of each sequence in nats: keys elbo, iw, reconstruction, kl, prior, as this module explains them.
+    """NLLs and KL of each sequence in nats, as this module explains them.
+
+    Keys are elbo, iw, reconstruction, kl, prior and prior_mean.
 
     Args:
         statistics: told of the batch, and of the rows' `places` among those that are compared; see there.
@@ -164,7 +169,10 @@ def score(
         log_likelihood.append(model.log_likelihood(z, input_ids, attention_mask, condition).sum(-1))
         log_prior.append(prior.log_prob(z))
         log_posterior.append(posterior.log_prob(z))
+    under_mean = log_likelihood[0]
     if not model.exact:
+        mean = prior.mean.expand(len(input_ids), *prior.event_shape)
+        under_mean = model.log_likelihood(mean, input_ids, attention_mask, condition).sum(-1)
         for z in model.draw_latents(prior, keys, samples, seed=seed, stream=Stream.PRIOR):
             under_prior.append(model.log_likelihood(z, input_ids, attention_mask, condition).sum(-1))
     likelihoods = torch.stack(log_likelihood)
@@ -180,4 +188,5 @@ def score(
         "reconstruction": -likelihoods.mean(0),
         "kl": kl,
         "prior": -importance_weighted_bound(prior_likelihoods, zeros, zeros),
+        "prior_mean": -under_mean,
     }

@@ -1,7 +1,7 @@
 """All that is measured of one model on one data set, as one mapping of figures."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from latentlm.errors import InputError, one_sentence
 from latentlm.evaluation.continuation import continuation
+from latentlm.evaluation.flops import training_cost
 from latentlm.evaluation.likelihood import evaluate
 from latentlm.evaluation.published import published_figures
 from latentlm.evaluation.reconstruction import reconstructions
@@ -38,6 +39,7 @@ class Scoring:
         diversity: so many prompts are gone on from with several z's each (`steering.diversity`).
         style_transfer: so many texts go on from one text's beginning with another one's z (`steering.style_transfer`).
         reconstructions: so many texts are written from the mean of their own q (`reconstruction.reconstructions`).
+        flops: the floating-point operations of a training step are counted (`flops.training_cost`).
         batch_size: sequences at a time; changes speed and memory, no figure.
     """
 
@@ -49,6 +51,7 @@ class Scoring:
     diversity: int = 0
     style_transfer: int = 0
     reconstructions: int = 0
+    flops: bool = False
     batch_size: int = 32
 
     def validate_values(self) -> None:
@@ -80,6 +83,7 @@ def measure(
     sequences: Dataset,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    trained: Mapping[str, Any] | None = None,
     seed: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     **scoring: Any,
@@ -88,6 +92,7 @@ def measure(
 
     Args:
         tokenizer: of the sequences; reconstructions alone need it. The first of them are the `reconstruction_pairs`.
+        trained: what is known of the model's training (`training_figures`); stands among the figures.
     """
     wanted = Scoring.of(**scoring)
     if wanted.reconstructions and tokenizer is None:
@@ -97,10 +102,12 @@ def measure(
             if getattr(wanted, name):
                 raise InputError(f"{name} is of models of p(x), and this one is of p(x | c), of texts with labels.")
     options: dict[str, Any] = {"batch_size": wanted.batch_size, "seed": seed, "on_progress": on_progress}
-    beside: dict[str, Any] = {}
+    beside: dict[str, Any] = {**(trained or {})}
     # these first, since they may have to refuse
     if wanted.protocol == "paper":
         beside |= {**published_figures(model, sequences, **options), "protocol": "paper"}
+    if wanted.flops:
+        beside |= training_cost(model, sequences, beside.get("training_tokens"))
     if wanted.prompt_tokens is not None:
         beside |= continuation(
             model,

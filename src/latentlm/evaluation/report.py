@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from latentlm.evaluation.flops import PARTS
+
 Figures = Mapping[str, Any]
 
 
@@ -39,6 +41,13 @@ def _per_batch(one: Figures) -> str:
     return information if information == "–" else f"{information} of {one['mutual_information_batch']} texts"
 
 
+def _parts(one: Figures) -> str:
+    total = one.get("training_flops_per_token")
+    if total is None:
+        return "–"
+    return ", ".join(f"{one[f'training_flops_per_token_of_{part}'] / total:.0%}" for part in PARTS)
+
+
 def _distinct(name: str) -> Any:
     def cell(one: Figures) -> str:
         values = [one.get(f"{name}distinct_{n}") for n in (1, 2, 3)]
@@ -65,6 +74,7 @@ _ROWS: Sequence[tuple[str, Any]] = (
     ("perplexity by IW", _bound("iw_perplexity", 3)),
     ("bits per byte by IW", _bound("iw_bits_per_byte")),
     ("NLL under prior z, nats/token", _latent("prior_nll_per_token", ".4f")),
+    ("NLL with z at the prior's mean", _latent("prior_mean_nll_per_token", ".4f")),
     ("reconstruction (no bound)", _latent("reconstruction_nll_per_token", ".4f")),
     ("KL, nats/sequence", _latent("kl_per_sequence", ".3f")),
     ("mutual information, nats", _latent("mutual_information", ".3f")),
@@ -81,6 +91,10 @@ _ROWS: Sequence[tuple[str, Any]] = (
         lambda one: "–" if one.get("latent_sequences") in (None, one["sequences"]) else f"{one['latent_sequences']:,}",
     ),
     ("sequences, tokens scored", lambda one: f"{one['sequences']:,}, {one['tokens']:,}"),
+    ("FLOPs of training, a token", _given("training_flops_per_token", ",.3g")),
+    ("  of the decoder, of latents, of embeddings", lambda one: _parts(one)),
+    ("FLOPs of inference, a token", _latent("inference_flops_per_token", ",.3g")),
+    ("FLOPs of training", _given("training_flops", ".3g")),
     (
         "training tokens/s",
         lambda one: f"{one['training_tokens_per_second']:,.0f}" if "training_tokens_per_second" in one else "–",

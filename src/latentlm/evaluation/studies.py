@@ -18,6 +18,7 @@ _COLUMNS: Sequence[tuple[str, str, str]] = (
     ("IW/seq.", "iw_nll_per_sequence", ".2f"),
     ("IW PPL", "iw_perplexity", ".2f"),
     ("prior z", "prior_nll_per_token", ".4f"),
+    ("z = mean", "prior_mean_nll_per_token", ".4f"),
     ("reconstr.", "reconstruction_nll_per_token", ".4f"),
     ("BLEU of reconstr.", "reconstruction_bleu", ".1f"),
     ("BLEU, other z", "reconstruction_bleu_of_other_z", ".1f"),
@@ -33,11 +34,20 @@ _COLUMNS: Sequence[tuple[str, str, str]] = (
     ("distinct-1", "distinct_1", ".3f"),
     ("distinct-2", "distinct_2", ".3f"),
     ("distinct-3", "distinct_3", ".3f"),
+    ("tokens", "training_tokens", ".3g"),
+    ("FLOPs a token", "training_flops_per_token", ".3g"),
+    ("FLOPs", "training_flops", ".3g"),
     ("train s", "training_seconds", ",.0f"),
     ("infer s", "inference_seconds", ".2f"),
 )
 # of no meaning where the likelihood is exact
-_OF_LATENTS = {"prior_nll_per_token", "reconstruction_nll_per_token", "kl_per_sequence", "active_units"}
+_OF_LATENTS = {
+    "prior_nll_per_token",
+    "prior_mean_nll_per_token",
+    "reconstruction_nll_per_token",
+    "kl_per_sequence",
+    "active_units",
+}
 _OF_LATENTS |= {"mutual_information", "inference_seconds"}
 _LABELS = {key: label for label, key, _ in _COLUMNS}
 FIGURES = frozenset(_LABELS)
@@ -167,7 +177,12 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
     for row in rows:
         if row.get(x) is None and row["settings"].get(x) is None:
             continue
-        name = row["run"] if of_evaluation or x in row else row["evaluation"] or ("control" if row["exact"] else "LTM")
+        if of_evaluation:
+            name = row["run"]
+        elif row["line"] != row["run"] or x in row:  # of a grid, or each run a place of its own
+            name = row["line"]
+        else:
+            name = row["evaluation"] or ("control" if row["exact"] else "LTM")
         series.setdefault(name, []).append(row)
     for index, (name, group) in enumerate(series.items()):
         exact = all(row["exact"] for row in group)

@@ -158,9 +158,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Trial:
-    """A run seen from a study: under which name, changed by what, and scored how."""
+    """A run seen from a study: under which name, changed by what, and scored how.
+
+    `line` is the name that it shares with the other runs of a grid.
+    """
 
     study: str
+    line: str
     name: str
     evaluation: str
     seed: int
@@ -280,7 +284,7 @@ def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str], con
             Scoring.of(**{key: value for key, value in scoring.items() if key != "limit"})
             if seed == study.seeds[0] and inference:
                 run.change(inference)
-            trials.append(Trial(name, label, str(evaluation), seed, run, changes, inference, scoring))
+            trials.append(Trial(name, str(run_name), label, str(evaluation), seed, run, changes, inference, scoring))
     known = {key for trial in trials for key in {**trial.run.settings, **trial.inference, **trial.scoring}}
     if study.plot and study.plot["x"] not in FIGURES | known:
         raise InputError(f"plot: x must be a setting or a figure, not {study.plot['x']!r}.")
@@ -342,7 +346,13 @@ def run_sweep(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return [
-        {"study": trial.study, "run": trial.name, "evaluation": trial.evaluation, "seed": trial.seed}
+        {
+            "study": trial.study,
+            "line": trial.line,
+            "run": trial.name,
+            "evaluation": trial.evaluation,
+            "seed": trial.seed,
+        }
         | {"settings": {**trial.run.settings, **trial.inference, **trial.scoring}}
         | scores[trial.run][trial.key]
         for trial in sweep.trials
@@ -396,7 +406,8 @@ def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: i
             labels = model.annotation_labels
             longest = model.config.max_position_embeddings
             data[limit] = evaluation_sequences(folder, tokenizer, longest, limit=limit, labels=labels)
-        figures = trained | measure(model, data[limit], tokenizer=tokenizer, seed=trial.seed, **options)
+        about: dict[str, Any] = {"tokenizer": tokenizer, "trained": trained, "seed": trial.seed}
+        figures = {"family": type(model).__name__} | measure(model, data[limit], **about, **{"flops": True, **options})
         write_whole(folder / SCORES_FILE, json.dumps({**_scores(folder), trial.key: figures}, indent=1))
 
 
