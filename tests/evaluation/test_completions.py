@@ -248,5 +248,8 @@ def test_a_model_of_labelled_texts_and_judges_of_another_kind(words):
     judge = Reader(small_model("gp_vae"), words)
     with pytest.raises(InputError, match="given the length"):
         completions(small_model("autoregressive"), data(), words, scorer=judge, **SMALL)
+    reader = Reader(small_model("autoregressive"), words)
+    with pytest.raises(InputError, match="at least 2 prompts"):
+        completions(small_model("autoregressive"), data(), words, reader=reader, **{**SMALL, "prompts": 1})
     with pytest.raises(InputError, match="gives no features"):
         completions(small_model("autoregressive"), data(), words, reader=judge, **SMALL)

@@ -53,6 +53,11 @@ def test_two_clusters_by_the_formula(people, written):
     assert found["mauve"] == pytest.approx(expected, abs=2e-3)
 
 
+@pytest.mark.parametrize("counts", [(20, 0), (10, 10), (3, 17)])
+def test_equal_histograms_have_one(counts):
+    assert mauve(at_two_places(*counts), at_two_places(*counts))["mauve"] == 1
+
+
 def test_the_same_texts_and_texts_that_share_nothing():
     generator = torch.Generator().manual_seed(0)
     people = torch.randn(60, 5, generator=generator)

@@ -89,6 +89,8 @@ def completions(
         check_scorer(scorer)
     if reader is not None:
         check_mauve(reader)
+        if prompts < 2:
+            raise InputError("MAUVE compares sets of texts: ask for at least 2 prompts, or leave the features out.")
     chosen = _chosen(sequences, prompts, prompt_tokens, new_tokens, writer.config.max_position_embeddings)
     ends = end_tokens(writer.config)
 
