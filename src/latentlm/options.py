@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,10 @@ def checked_seed(seed: int | None) -> int | None:
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE, too.", callback=_json_file)
+]
+TextsFile = Annotated[
+    Path | None,
+    typer.Option("--texts", metavar="FILE", help="Write the texts to FILE, a .jsonl.", callback=_json_file),
 ]
 Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved model.", metavar="MODEL")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise.", callback=checked_seed)]
@@ -72,6 +77,19 @@ def write_json(path: Path | None, content: Any) -> None:
 
     if path is not None and is_main():
         write_whole(path, json.dumps(content, indent=1))
+
+
+def about(name: str, model: Any) -> dict[str, str]:
+    """The first figures of every table: which model, as it was named, and of which family."""
+    return {"model": name, "family": type(model).__name__}
+
+
+def write_lines(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
+    """What `TextsFile` asks for."""
+    from latentlm.files import write_whole
+
+    if path is not None and is_main():
+        write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
 
 
 def load_model(name: str) -> tuple[Any, Any]:

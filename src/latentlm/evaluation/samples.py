@@ -3,10 +3,12 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from latentlm.config import LatentLMConfig
 from latentlm.errors import InputError
@@ -62,6 +64,26 @@ def until_end(text: Sequence[int], ends: Sequence[int | None]) -> Sequence[int]:
     return text[: next((place for place, token in enumerate(text) if token in ends), len(text))]
 
 
+def sampling(do_sample: bool) -> dict[str, Any]:
+    """What `generate` is told: temperature 1 and all tokens, or the likeliest."""
+    return {"do_sample": True, "top_k": 0} if do_sample else {"do_sample": False}
+
+
+def from_prior(
+    model: WritesText, number: int, max_new_tokens: int, *, seed: int, **options: Any
+) -> Iterator[Int64[Tensor, "rows new"]]:
+    """`number` texts from BOS alone, each with a z of its own from the prior, in batches of one size.
+
+    Args:
+        options: of `generate`.
+    """
+    bos = model.config.bos_token_id
+    assert bos is not None  # or it cannot start a text, and was refused
+    for first in range(0, number, AT_ONCE):
+        prompts = torch.full((min(AT_ONCE, number - first), 1), bos, device=model.device)
+        yield model.generate(prompts, max_new_tokens=max_new_tokens, seed=seed + first, **options)[:, 1:]
+
+
 def prior_samples(
     model: LatentLM, *, number: int = 64, max_new_tokens: int | None = None, seed: int = 0
 ) -> dict[str, Any]:
@@ -79,17 +101,11 @@ def prior_samples(
     if config.bos_token_id is None:
         raise InputError("the model's config names no bos_token_id, so it cannot start a text.")
     texts: list[Sequence[int]] = []
+    longest = max_new_tokens or config.max_position_embeddings
     start = time.perf_counter()
     with evaluating(model):
-        for first in range(0, number, AT_ONCE):
-            rows = model.generate(
-                torch.full((min(AT_ONCE, number - first), 1), config.bos_token_id, device=model.device),
-                max_new_tokens=max_new_tokens or config.max_position_embeddings,
-                do_sample=True,
-                top_k=0,
-                seed=seed + first,
-            )
-            texts += [until_end(row, end_tokens(config)) for row in rows[:, 1:].tolist()]
+        for rows in from_prior(model, number, longest, **sampling(True), seed=seed):
+            texts += [until_end(row, end_tokens(config)) for row in rows.tolist()]
     synchronised(model.device)
     written = [text for text in texts if text]
     return {
