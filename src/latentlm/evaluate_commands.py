@@ -173,8 +173,14 @@ def likelihood(
             on_progress=on_progress,
         )
     # of what they are is part of what they say
-    known = {"task": "likelihood", "model": model, "family": type(loaded).__name__}
-    figures = known | figures | {"data": data, "seed": seed, "settings": settings or []}
+    figures = {
+        "task": "likelihood",
+        **about(model, loaded),
+        **figures,
+        "data": data,
+        "seed": seed,
+        "settings": settings or [],
+    }
     caption = f"{data or 'validation data of its recipe'}, seed {seed}"
     console.print(caption, markup=False, highlight=False, soft_wrap=True)
     console.print(table({Path(model).name: figures}))
