@@ -5,8 +5,8 @@
 Operations are counted on the models themselves (`latentlm.evaluation.flops`), with one fast step and with two: from
 there they grow by the same number with each step (tested), so 16 and 64 steps need not be run. Beside them the formula
 of the paper, section 2.4, with two operations to a multiplication and a backward pass of two forward ones, which
-charges fast steps for gradients of weights that nobody needs: (T + 1) · 6 · (L (8 H² + 3 H I + 2 N H) + V H), with 8 H² for the
-projections of both attentions, I the width of a feed-forward layer and N the length.
+charges fast steps for gradients of weights that nobody needs: (T + 1) · 6 · (L (8 H² + 3 H I + 2 N H) + V H), with
+8 H² for the projections of both attentions, I the width of a feed-forward layer and N the length.
 """
 
 import argparse
