@@ -4,7 +4,7 @@
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -17,9 +17,11 @@ from latentlm.options import (
     JsonFile,
     Limit,
     Model,
+    PlotFile,
     SampleBy,
     Seed,
     Settings,
+    about,
     change_inference,
     load_model,
     terminal,
@@ -51,6 +53,11 @@ evaluate_app = typer.Typer(
     """,
     rich_markup_mode=None,
 )
+
+
+def _say_what_was_cut(console: Any, sequences: Any, longest: int) -> None:
+    if truncated := getattr(sequences, "truncated", 0):
+        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")
 
 
 @evaluate_app.command()
@@ -138,9 +145,7 @@ def likelihood(
         annotations=annotations,
         labels=loaded.annotation_labels,
     )
-    if truncated := getattr(sequences, "truncated", 0):
-        longest = loaded.config.max_position_embeddings
-        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")  # type: ignore[arg-type]
+    _say_what_was_cut(console, sequences, loaded.config.max_position_embeddings)
     with counted(console, "evaluating") as on_progress:
         figures = measure(
             loaded,
@@ -166,3 +171,123 @@ def likelihood(
     if pairs := figures.get("reconstruction_pairs"):
         console.print(reconstructed(pairs[:_PAIRS_SHOWN]), markup=False, highlight=False, soft_wrap=True)
     write_json(json_file, figures)
+
+
+@evaluate_app.command("zero-shot")
+def zero_shot_command(
+    model: Model,
+    sets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Sets and where their text is, such as ptb=ptb.test.txt: ptb, wikitext, lm1b, lambada, ag_news, "
+            "pubmed, arxiv, each detokenised as in the literature, or text, your own as it is. " + DATA_HELP,
+            metavar="SET=SOURCE...",
+        ),
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many texts of each set.")] = None,
+    iw_samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="K of the importance-weighted bound.")] = 16,
+    settings: Settings = None,
+    batch_size: BatchSize = 32,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Zero-shot perplexity: other sets' text in blocks, honest figures and those of the paper's protocol.
+
+    Example: latentlm evaluate zero-shot runs/ltm ptb=ptb.test.txt lambada=lambada_test.jsonl --json zero-shot.json
+    """
+    from latentlm.data.recipe import saved_data_recipe, unit_and_length
+    from latentlm.evaluation.zero_shot import parse_sets, zero_shot, zero_shot_table
+    from latentlm.training.progress import counted
+
+    sources = parse_sets(sets)
+    console = terminal()
+    join()
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
+    unit, length = unit_and_length(saved_data_recipe(model), loaded.config.max_position_embeddings)
+    with counted(console, "evaluating") as on_progress:
+        figures = zero_shot(
+            loaded,
+            tokenizer,
+            sources,
+            unit=unit,
+            length=length,
+            limit=limit,
+            iw_samples=iw_samples,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    of = f"blocks of {length}" if unit == "blocks" else f"sentences of at most {length}"
+    console.print(f"{of} tokens, seed {seed}", markup=False, highlight=False, soft_wrap=True)
+    for name, one in figures.items():
+        if one["truncated"]:
+            console.print(f"{name}: cut at {length} tokens: {one['truncated']:,} of {one['texts']:,} texts")
+    console.print(zero_shot_table(figures))
+    head = {"task": "zero-shot", **about(model, loaded), "unit": unit, "length": length}
+    write_json(json_file, {**head, "sets": figures, "limit": limit, "settings": settings or [], "seed": seed})
+
+
+@evaluate_app.command("calibration")
+def calibration_command(
+    model: Model,
+    data: Annotated[
+        str | None, typer.Option(help="By default the validation data of the model's recipe. " + DATA_HELP)
+    ] = None,
+    column: Column = None,
+    sample_by: SampleBy = None,
+    annotations: Annotations = None,
+    limit: Limit = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=0, help="Infer z from so many tokens, and judge what follows; 0 draws z from the prior.")
+    ] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="K, the z's that are mixed.")] = 16,
+    settings: Settings = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    plot: PlotFile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Calibration of the next token's probabilities, and NLL by position, with z that has not seen what it predicts.
+
+    Example: latentlm evaluate calibration runs/ltm --prompt-tokens 16 --plot calibration.png --json calibration.json
+    """
+    from latentlm.data.recipe import evaluation_sequences
+    from latentlm.evaluation.calibration import calibration, calibration_tables, plot_calibration
+    from latentlm.processes import is_main
+    from latentlm.training.progress import counted
+
+    console = terminal()
+    join()
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
+    sequences = evaluation_sequences(
+        model,
+        tokenizer,
+        loaded.config.max_position_embeddings,
+        data,
+        column=column,
+        sample_by=sample_by,
+        limit=limit,
+        annotations=annotations,
+        labels=loaded.annotation_labels,
+    )
+    _say_what_was_cut(console, sequences, loaded.config.max_position_embeddings)
+    with counted(console, "evaluating") as on_progress:
+        figures = calibration(
+            loaded,
+            sequences,
+            prompt_tokens=prompt_tokens,
+            samples=samples,
+            batch_size=batch_size,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    caption = f"{data or 'validation data of its recipe'}, seed {seed}"
+    console.print(caption, markup=False, highlight=False, soft_wrap=True)
+    for shown in calibration_tables(figures):
+        console.print(shown)
+    if plot is not None and is_main():
+        plot_calibration(figures, plot, Path(model).name)
+    head = {"task": "calibration", **about(model, loaded), **figures}
+    write_json(json_file, {**head, "data": data, "limit": limit, "settings": settings or [], "seed": seed})

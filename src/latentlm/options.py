@@ -24,6 +24,12 @@ def _json_file(path: Path | None) -> Path | None:
     return path
 
 
+def _plot_file(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() != ".png":
+        raise InputError(f"{path}: a picture is written as PNG: name a file that ends in .png.")
+    return _json_file(path)
+
+
 def checked_seed(seed: int | None) -> int | None:
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise InputError("--seed must fit in 64 bits: give a smaller number.")
@@ -32,6 +38,9 @@ def checked_seed(seed: int | None) -> int | None:
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE, too.", callback=_json_file)
+]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw a picture to FILE.png.", callback=_plot_file)
 ]
 Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved model.", metavar="MODEL")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise.", callback=checked_seed)]
@@ -72,6 +81,11 @@ def write_json(path: Path | None, content: Any) -> None:
 
     if path is not None and is_main():
         write_whole(path, json.dumps(content, indent=1))
+
+
+def about(name: str, model: Any) -> dict[str, str]:
+    """What the figures of a table are of: the model as it was named, and its family."""
+    return {"model": name, "family": type(model).__name__}
 
 
 def load_model(name: str) -> tuple[Any, Any]:

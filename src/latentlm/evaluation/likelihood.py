@@ -105,8 +105,8 @@ def evaluate(
         "kl_per_token": per_token["kl"],
         "kl_per_sequence": totals["kl"] / number,
         "prior_nll_per_token": per_token["prior"],
-        "elbo_perplexity": _perplexity(per_token["elbo"]),
-        "iw_perplexity": _perplexity(per_token["iw"]),
+        "elbo_perplexity": perplexity(per_token["elbo"]),
+        "iw_perplexity": perplexity(per_token["iw"]),
         "elbo_bits_per_byte": totals["elbo"] / math.log(2) / num_bytes,
         "iw_bits_per_byte": totals["iw"] / math.log(2) / num_bytes,
         **summary,
@@ -127,7 +127,8 @@ def _common_length(sequences: Dataset) -> int | None:
     return length if count >= _NEARLY_ALL * number else None
 
 
-def _perplexity(nll_per_token: float) -> float:
+def perplexity(nll_per_token: float) -> float:
+    """exp(nats per token), or per word; infinite where that is past all numbers."""
     try:
         return math.exp(nll_per_token)
     except OverflowError:  # a diverged model
