@@ -49,7 +49,7 @@ def log_predictive(
 ) -> Float[Tensor, "batch after vocabulary"]:
     """log p̂(x_t = v | x_<t) in nats, float32, of each place t = P + 1 … T and each token v; padding on the right.
 
-    It holds the probabilities of two samples at a time, however many there are.
+    Memory: three tensors of this size at most, however many samples there are.
 
     Args:
         prompt_tokens: P; z is inferred from so many tokens, or drawn from the prior (0).
@@ -99,7 +99,7 @@ def calibration(
         prompt_tokens: P, scored tokens of each sequence that are given and not judged. Of annotated texts all labels
             are given, those of what follows, too.
         samples: K.
-        batch_size: sequences at a time; each token of them needs two rows of the vocabulary's probabilities.
+        batch_size: sequences at a time; each of their tokens needs three rows of the whole vocabulary in float32.
 
     Returns:
         The figures of `reliability`; `predictive_nll_per_token` (Σ nats ÷ Σ tokens after the prompt), the mean
@@ -228,6 +228,7 @@ def calibration_tables(figures: Mapping[str, Any]) -> tuple[Table, Table, Table]
     samples = "exact" if figures["exact"] else f"K = {figures['predictive_samples']}"
     for label, cell in (
         ("predictive distribution", samples),
+        ("  of a text given its labels, p(x | c)", "yes" if figures["conditional"] else "–"),
         ("  z inferred from … tokens", "–" if figures["exact"] else str(figures["prompt_tokens"] or "none (prior)")),
         ("tokens judged, of sequences", f"{figures['tokens']:,}, {figures['sequences']:,}"),
         ("NLL, nats/token", f"{sign} {figures['predictive_nll_per_token']:.4f}"),
@@ -264,8 +265,9 @@ def plot_calibration(figures: Mapping[str, Any], path: Path, name: str) -> None:
     rows, width = figures["reliability"], 1 / figures["calibration_bins"]
     lefts = [row["from"] for row in rows]
     look: dict[str, Any] = {"width": width, "align": "edge", "edgecolor": "white"}
-    diagram.bar(lefts, [row["accuracy"] for row in rows], label="accuracy", color="C0", **look)
-    diagram.plot([row["confidence"] for row in rows], [row["accuracy"] for row in rows], "o", color="C3", markersize=4)
+    diagram.bar(lefts, [row["accuracy"] for row in rows], label="accuracy", color="C0", alpha=0.6, **look)
+    points = ([row["confidence"] for row in rows], [row["accuracy"] for row in rows])
+    diagram.plot(*points, "o", color="C3", markersize=4, label="  at the bin's mean probability")
     diagram.plot([0, 1], [0, 1], "--", color="0.4", label="calibrated")
     shares = [row["tokens"] / figures["tokens"] for row in rows]
     diagram.bar(lefts, shares, label="share of tokens", **{**look, "edgecolor": "0.2", "facecolor": "none"})
@@ -283,6 +285,7 @@ def plot_calibration(figures: Mapping[str, Any], path: Path, name: str) -> None:
         color="C0", linewidth=2.5, label="mean of a range",
     )  # fmt: skip
     cost.set(xlabel="position in the text", ylabel="nats per token", title="NLL by position")
+    cost.title.set_fontsize(10)
     cost.set_ylim(bottom=0)
     cost.legend(frameon=False)
     with whole_file(path) as file:
