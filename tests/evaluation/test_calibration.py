@@ -129,6 +129,21 @@ def test_neither_batch_nor_order_changes_a_figure(rows, family):
     assert single["nll_by_position"]["nll_nats"] == pytest.approx(whole["nll_by_position"]["nll_nats"], rel=1e-5)
 
 
+def test_ties_stay_in_the_data_s_order():
+    """Of a uniform model every probability is the same: bins of equal mass are then stretches of the data."""
+    model = grid_model(4)
+    model.output.zero_()
+    model.previous.zero_()
+    rows = [torch.tensor([BOS, *[0] * 4, *[3] * 20]), torch.tensor([BOS, 3]), torch.tensor([BOS, *[3] * 25])]
+    right = torch.cat([row[1:] == 0 for row in rows]).numpy()
+    expected = reliability(np.full(len(right), 0.25), right)["adaptive_calibration_error"]
+    by_length = reliability(np.full(len(right), 0.25), np.concatenate([right[24:25], right[:24], right[25:]]))
+    assert expected != pytest.approx(by_length["adaptive_calibration_error"])
+    found = calibration(model, Rows(rows), samples=1, batch_size=1)
+    assert found["adaptive_calibration_error"] == pytest.approx(expected, rel=1e-6)
+    assert found["predictive_entropy_nats"] == pytest.approx(math.log(4), rel=1e-6)
+
+
 # ---- its calibration -------------------------------------------------------------------------------------------------
 
 

@@ -47,7 +47,8 @@ def log_predictive(
     samples: int = 16,
     seed: int = 0,
 ) -> Float[Tensor, "batch after vocabulary"]:
-    """log p̂(x_t = v | x_<t) in nats, float32, of each place t = P + 1 … T and each token v; padding on the right.
+    """log p̂(x_t = v | x_<t) in nats, float32, of each place t = P + 1 … T and each token v; padding is on the
+    right, and what stands at its places is of no use.
 
     Memory: three tensors of this size at most, however many samples there are.
 
@@ -61,14 +62,13 @@ def log_predictive(
         begin=prompt_tokens, end=end, samples=1 if model.exact else samples, seed=seed,
     )  # fmt: skip
     targets = input_ids[:, 1 + prompt_tokens :, None]
-    scored = model.scored_tokens(input_ids, attention_mask)[:, prompt_tokens:]
     mixture: Tensor | None = None  # log p̂ of the samples so far
     evidence = torch.zeros(())  # log Σ_k Π_{s < t} p(x_s | z_k, x_<s) over them, float64
     for z in drawn:
         logits = model.decode(z, input_ids, attention_mask, condition)[:, prompt_tokens:]
         one = logits.float().log_softmax(-1)
         del logits
-        chosen = one.gather(-1, targets)[..., 0].double().masked_fill(~scored, 0.0)
+        chosen = one.gather(-1, targets)[..., 0].double()
         before = torch.nn.functional.pad(chosen[:, :-1].cumsum(-1), (1, 0))
         if mixture is None:
             mixture, evidence = one, before

@@ -175,8 +175,8 @@ def zero_shot_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
             "honest, exact" if one["exact"] else f"honest, K = {one['iw_samples']}",
             f"{sign} {one['elbo_nll_per_token']:.4f}",
             f"{sign} {one['iw_nll_per_token']:.4f}",
-            f"{sign} {one['iw_perplexity']:.2f}",
-            "–" if word is None else f"{sign} {word:.2f}",
+            f"{sign} {one['iw_perplexity']:,.2f}",
+            "–" if word is None else f"{sign} {word:,.2f}",
             f"{sign} {one['iw_bits_per_byte']:.4f}",
             "–" if one["exact"] else f"{one['kl_per_token']:.4f}",
             f"{one['tokens']:,}",
@@ -185,7 +185,7 @@ def zero_shot_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
         )
         if "published_perplexity" in one:
             score = f"{one['published_nll_per_token']:.4f}"
-            rows.add_row("", "paper (no bound)", score, "–", f"{one['published_perplexity']:.2f}", *["–"] * 6)
+            rows.add_row("", "paper (no bound)", score, "–", f"{one['published_perplexity']:,.2f}", *["–"] * 6)
         else:
             rows.add_row("", "paper: none known of this family", *["–"] * 9)
     return rows
