@@ -15,6 +15,7 @@ from latentlm.errors import InputError
 from latentlm.evaluate_commands import evaluate_app
 from latentlm.options import (
     DATA_HELP,
+    MOST_SAMPLES,
     Annotations,
     BatchSize,
     Column,
@@ -49,7 +50,6 @@ app.add_typer(probe_app, name="probe")
 # at the quickstart's sizes more threads only wait for one another
 _QUICKSTART_THREADS = 2
 _OF_SEVERAL_PROCESSES = ("train", "evaluate")
-_MOST_SAMPLES = 1_000_000
 _LEAST_TEMPERATURE = 1e-12  # far below it logits overflow
 
 
@@ -201,7 +201,7 @@ def generate(
         typer.Option(metavar="FILE", help="Write from the means in a file of encode, one for each prompt or text."),
     ] = None,
     labels: Labels = None,
-    number: Annotated[int, typer.Option("--number", "-n", min=1, max=_MOST_SAMPLES, help="Texts for each prompt.")] = 1,
+    number: Annotated[int, typer.Option("--number", "-n", min=1, max=MOST_SAMPLES, help="Texts for each prompt.")] = 1,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="By default what the model's context leaves.")
     ] = None,

@@ -4,43 +4,36 @@
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from latentlm.options import (
     DATA_HELP,
+    MOST_SAMPLES,
     Annotations,
     BatchSize,
     Column,
+    EvaluationData,
     JsonFile,
     Limit,
     Model,
+    PlotFile,
     SampleBy,
     Seed,
     Settings,
-    TextsFile,
     about,
     change_inference,
     load_model,
     terminal,
     write_json,
-    write_lines,
 )
 from latentlm.processes import join
+from latentlm.writing_commands import completions, samples
 
-if TYPE_CHECKING:
-    from latentlm.evaluation.generative import Reader
-
-_MOST_SAMPLES = 1_000_000
 _PAIRS_SHOWN = 5
 _DEFAULT = "likelihood"
-
-_Data = Annotated[str | None, typer.Option(help="By default the validation data of the model's recipe. " + DATA_HELP)]
-_Scorer = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Folder of a model that scores the texts: generative perplexity.")
-]
 
 
 class _LikelihoodOrTable(TyperGroup):
@@ -64,15 +57,20 @@ evaluate_app = typer.Typer(
 )
 
 
+def _say_what_was_cut(console: Any, sequences: Any, longest: int) -> None:
+    if truncated := getattr(sequences, "truncated", 0):
+        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")
+
+
 @evaluate_app.command()
 def likelihood(
     model: Model,
-    data: _Data = None,
+    data: EvaluationData = None,
     column: Column = None,
     sample_by: SampleBy = None,
     annotations: Annotations = None,
     limit: Limit = None,
-    iw_samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="K of the importance-weighted bound.")] = 16,
+    iw_samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="K of the importance-weighted bound.")] = 16,
     protocol: Annotated[
         str, typer.Option(help="honest, or paper: beside it what the family's published code would report.")
     ] = "honest",
@@ -88,13 +86,13 @@ def likelihood(
         int | None, typer.Option(min=1, help="With --prompt-tokens: infer z afresh after so many tokens.")
     ] = None,
     prior_samples: Annotated[
-        int, typer.Option(min=0, max=_MOST_SAMPLES, help="Measure the variety of so many texts from the prior.")
+        int, typer.Option(min=0, max=MOST_SAMPLES, help="Measure the variety of so many texts from the prior.")
     ] = 0,
     diversity: Annotated[
         int,
         typer.Option(
             min=0,
-            max=_MOST_SAMPLES,
+            max=MOST_SAMPLES,
             metavar="PROMPTS",
             help="Measure how the texts of a prompt differ by z alone, for so many prompts.",
         ),
@@ -103,7 +101,7 @@ def likelihood(
         int,
         typer.Option(
             min=0,
-            max=_MOST_SAMPLES,
+            max=MOST_SAMPLES,
             metavar="PAIRS",
             help="Go on from one text's beginning with another one's z, for so many pairs; measure what z brings.",
         ),
@@ -112,7 +110,7 @@ def likelihood(
         int,
         typer.Option(
             min=0,
-            max=_MOST_SAMPLES,
+            max=MOST_SAMPLES,
             metavar="TEXTS",
             help="Write so many texts from their own z and compare: BLEU, exact match (no likelihood).",
         ),
@@ -150,9 +148,7 @@ def likelihood(
         annotations=annotations,
         labels=loaded.annotation_labels,
     )
-    if truncated := getattr(sequences, "truncated", 0):
-        longest = loaded.config.max_position_embeddings
-        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")  # type: ignore[arg-type]
+    _say_what_was_cut(console, sequences, loaded.config.max_position_embeddings)
     with counted(console, "evaluating") as on_progress:
         figures = measure(
             loaded,
@@ -173,14 +169,8 @@ def likelihood(
             on_progress=on_progress,
         )
     # of what they are is part of what they say
-    figures = {
-        "task": "likelihood",
-        **about(model, loaded),
-        **figures,
-        "data": data,
-        "seed": seed,
-        "settings": settings or [],
-    }
+    given = {"data": data, "settings": settings or [], "seed": seed}
+    figures = {"task": "likelihood", **about(model, loaded), **figures, **given}
     caption = f"{data or 'validation data of its recipe'}, seed {seed}"
     console.print(caption, markup=False, highlight=False, soft_wrap=True)
     console.print(table({Path(model).name: figures}))
@@ -189,118 +179,123 @@ def likelihood(
     write_json(json_file, figures)
 
 
-@evaluate_app.command()
-def completions(
+@evaluate_app.command("zero-shot")
+def zero_shot_command(
     model: Model,
-    data: _Data = None,
-    column: Column = None,
-    sample_by: SampleBy = None,
-    limit: Limit = None,
-    prompts: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="Prompts, all different.")] = 1000,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 50,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to be written after it, at most.")] = 50,
-    each: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="Texts of each prompt, each with its own z.")] = 5,
-    features: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Folder of a model whose hidden states MAUVE compares.")
-    ] = None,
-    scorer: _Scorer = None,
-    texts: TextsFile = None,
+    sets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Sets and where their text is, such as ptb=ptb.test.txt: ptb, wikitext, lm1b, lambada, ag_news, "
+            "pubmed, arxiv, each detokenised as in the literature, or text, your own as it is. " + DATA_HELP,
+            metavar="SET=SOURCE...",
+        ),
+    ],
+    limit: Annotated[int | None, typer.Option(min=1, help="Read only so many texts of each set.")] = None,
+    iw_samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="K of the importance-weighted bound.")] = 16,
     settings: Settings = None,
     batch_size: BatchSize = 32,
     seed: Seed = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Go on from prompts, greedily and by sampling: MAUVE, BLEU, repetition, variety, beside what people wrote.
+    """Zero-shot perplexity: other sets' text in blocks, honest figures and those of the paper's protocol.
 
-    Example: latentlm evaluate completions runs/ltm --features runs/gpt2 --scorer runs/gpt2 --json figures.json
+    Example: latentlm evaluate zero-shot runs/ltm ptb=ptb.test.txt lambada=lambada_test.jsonl --json zero-shot.json
     """
-    from latentlm.data.recipe import evaluation_sequences
-    from latentlm.evaluation.completions import completions as measured
-    from latentlm.evaluation.writing import of_fixed_length, writes_freely
+    from latentlm.data.recipe import saved_data_recipe, unit_and_length
+    from latentlm.evaluation.zero_shot import parse_sets, zero_shot, zero_shot_table
     from latentlm.training.progress import counted
 
+    sources = parse_sets(sets)
     console = terminal()
+    join()
     loaded, tokenizer = load_model(model)
-    writes_freely(loaded)
     change_inference(loaded, settings)
-    context = loaded.config.max_position_embeddings
-    sequences = evaluation_sequences(model, tokenizer, context, data, column=column, sample_by=sample_by, limit=limit)
-    with counted(console, "completions") as on_progress:
-        figures, lines = measured(
+    unit, length = unit_and_length(saved_data_recipe(model), loaded.config.max_position_embeddings)
+    with counted(console, "evaluating") as on_progress:
+        figures = zero_shot(
             loaded,
-            sequences,
             tokenizer,
-            prompts=prompts,
-            prompt_tokens=prompt_tokens,
-            new_tokens=new_tokens,
-            each=each,
-            fixed_length=of_fixed_length(loaded, model),
-            scorer=_reader(scorer),
-            reader=_reader(features),
+            sources,
+            unit=unit,
+            length=length,
+            limit=limit,
+            iw_samples=iw_samples,
             batch_size=batch_size,
             seed=seed,
             on_progress=on_progress,
         )
-    given = {"data": data, "settings": settings or [], "scorer": scorer, "features": features, "seed": seed}
-    figures = {"task": "completions", **about(model, loaded), **figures, **given}
-    _show(f"{prompts:,} prompts of {prompt_tokens} tokens, {each} texts of up to {new_tokens} of each", figures)
-    write_lines(texts, lines)
-    write_json(json_file, figures)
+    of = f"blocks of {length}" if unit == "blocks" else f"sentences of at most {length}"
+    console.print(f"{of} tokens, seed {seed}", markup=False, highlight=False, soft_wrap=True)
+    for name, one in figures.items():
+        if one["truncated"]:
+            console.print(f"{name}: cut at {length} tokens: {one['truncated']:,} of {one['texts']:,} texts")
+    console.print(zero_shot_table(figures))
+    head = {"task": "zero-shot", **about(model, loaded), "unit": unit, "length": length}
+    write_json(json_file, {**head, "sets": figures, "limit": limit, "settings": settings or [], "seed": seed})
 
 
-@evaluate_app.command()
-def samples(
+@evaluate_app.command("calibration")
+def calibration_command(
     model: Model,
-    number: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="Texts of each way of writing.")] = 64,
-    length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of a text, at most; by default the model's context.")
-    ] = None,
-    scorer: _Scorer = None,
-    texts: TextsFile = None,
-    batch_size: BatchSize = 32,
+    data: EvaluationData = None,
+    column: Column = None,
+    sample_by: SampleBy = None,
+    annotations: Annotations = None,
+    limit: Limit = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=0, help="Infer z from so many tokens, and judge what follows; 0 draws z from the prior.")
+    ] = 0,
+    samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="K, the z's that are mixed.")] = 16,
+    settings: Settings = None,
+    batch_size: BatchSize = 8,
     seed: Seed = 0,
+    plot: PlotFile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Write texts from nothing, greedily and by sampling: generative perplexity, token entropy, variety, speed.
+    """Calibration of the next token's probabilities, and NLL by position, with z that has not seen what it predicts.
 
-    Example: latentlm evaluate samples runs/ltm --number 64 --length 1024 --scorer runs/gpt2 --json figures.json
+    Example: latentlm evaluate calibration runs/ltm --prompt-tokens 16 --plot calibration.png --json calibration.json
     """
-    from latentlm.evaluation.unconditional import unconditional
-    from latentlm.evaluation.writing import of_fixed_length
+    from latentlm.data.recipe import evaluation_sequences
+    from latentlm.evaluation.calibration import calibration, calibration_tables, plot_calibration
+    from latentlm.processes import is_main
     from latentlm.training.progress import counted
 
     console = terminal()
+    join()
     loaded, tokenizer = load_model(model)
-    with counted(console, "samples") as on_progress:
-        figures, lines = unconditional(
+    change_inference(loaded, settings)
+    sequences = evaluation_sequences(
+        model,
+        tokenizer,
+        loaded.config.max_position_embeddings,
+        data,
+        column=column,
+        sample_by=sample_by,
+        limit=limit,
+        annotations=annotations,
+        labels=loaded.annotation_labels,
+    )
+    _say_what_was_cut(console, sequences, loaded.config.max_position_embeddings)
+    with counted(console, "evaluating") as on_progress:
+        figures = calibration(
             loaded,
-            tokenizer,
-            number=number,
-            length=length,
-            fixed_length=of_fixed_length(loaded, model),
-            scorer=_reader(scorer),
+            sequences,
+            prompt_tokens=prompt_tokens,
+            samples=samples,
             batch_size=batch_size,
             seed=seed,
             on_progress=on_progress,
         )
-    figures = {"task": "samples", **about(model, loaded), **figures, "scorer": scorer, "seed": seed}
-    _show(f"{number:,} texts of up to {figures['length']} tokens from z of the prior", figures)
-    write_lines(texts, lines)
-    write_json(json_file, figures)
+    caption = f"{data or 'validation data of its recipe'}, seed {seed}"
+    console.print(caption, markup=False, highlight=False, soft_wrap=True)
+    for shown in calibration_tables(figures):
+        console.print(shown)
+    if plot is not None and is_main():
+        plot_calibration(figures, plot, Path(model).name)
+    head = {"task": "calibration", **about(model, loaded), **figures}
+    write_json(json_file, {**head, "data": data, "limit": limit, "settings": settings or [], "seed": seed})
 
 
-def _reader(name: str | None) -> "Reader | None":
-    from latentlm.evaluation.generative import Reader
-
-    return None if name is None else Reader(*load_model(name))
-
-
-def _show(title: str, figures: dict[str, Any]) -> None:
-    from latentlm.evaluation.generation_table import generation_table, notes
-
-    console = terminal()
-    scored = "" if figures["scorer"] is None else f", scored by {figures['scorer']}"
-    console.print(f"{title}, seed {figures['seed']}{scored}", markup=False, highlight=False, soft_wrap=True)
-    console.print(generation_table(figures))
-    for note in notes(figures):
-        console.print(note, markup=False, highlight=False, soft_wrap=True)
+for _command in (completions, samples):
+    evaluate_app.command()(_command)

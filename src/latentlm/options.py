@@ -13,6 +13,7 @@ from rich.console import Console
 from latentlm.errors import InputError
 from latentlm.processes import is_main
 
+MOST_SAMPLES = 1_000_000
 DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
 
@@ -23,6 +24,12 @@ def _json_file(path: Path | None) -> Path | None:
     if path is not None:
         check_writable(path)
     return path
+
+
+def _plot_file(path: Path | None) -> Path | None:
+    if path is not None and path.suffix.lower() != ".png":
+        raise InputError(f"{path}: a picture is written as PNG: name a file that ends in .png.")
+    return _json_file(path)
 
 
 def checked_seed(seed: int | None) -> int | None:
@@ -38,8 +45,14 @@ TextsFile = Annotated[
     Path | None,
     typer.Option("--texts", metavar="FILE", help="Write the texts to FILE, a .jsonl.", callback=_json_file),
 ]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw a picture to FILE.png.", callback=_plot_file)
+]
 Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved model.", metavar="MODEL")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise.", callback=checked_seed)]
+EvaluationData = Annotated[
+    str | None, typer.Option(help="By default the validation data of the model's recipe. " + DATA_HELP)
+]
 Column = Annotated[str | None, typer.Option(help="Text column of a table: its name, or its number from 1.")]
 SampleBy = Annotated[str | None, typer.Option(help="What of a text file is one document: line, paragraph or document.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read only so many documents.")]

@@ -291,8 +291,12 @@ def evaluation_sequences(
         by = sample_by or (data.sample_by if data else "line")
         annotated = annotated_as(data, annotations, needed=labels is not None)
         documents = list(read_documents(source, column=column, sample_by=by, limit=limit, annotated=annotated))
-    unit, length = (data.unit, data.length) if data else ("blocks", longest)
-    return make_sequences(documents, tokenizer, unit, length, drop_last=False, labels=labels)
+    return make_sequences(documents, tokenizer, *unit_and_length(data, longest), drop_last=False, labels=labels)
+
+
+def unit_and_length(data: DataRecipe | None, longest: int) -> tuple[str, int]:
+    """How text is cut for a saved model: as its recipe cuts, or blocks of its context where none is saved with it."""
+    return ("blocks", longest) if data is None else (data.unit, data.length)
 
 
 def annotated_as(data: DataRecipe | None, annotations: str | None, needed: bool) -> Annotated | None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from latentlm.distributions import Stream, sequence_keys
@@ -48,34 +50,23 @@ def continuation(
     """
     if prompt_tokens < 0 or samples < 1 or (reinfer_every is not None and reinfer_every < 1):
         raise InputError("prompt_tokens must not be negative, samples and reinfer_every must be at least 1.")
-    number = len(sequences)  # type: ignore[arg-type]
-    long = [index for index in range(number) if len(sequences[index]["input_ids"]) > prompt_tokens + 1]
-    if not long:
-        raise InputError(f"no sequence is longer than the prompt of {prompt_tokens} tokens.")
+    long = longer_than_prompt(sequences, prompt_tokens)
     draws = 1 if model.exact else samples
     figures = PerSequence("nll", "tokens")
     start = time.perf_counter()
     with evaluating(model):
-        batches = in_batches(model, Subset(sequences, long), batch_size, on_progress)
+        batches = in_batches(model, long, batch_size, on_progress)
         for indices, input_ids, attention_mask, condition in batches:
             longest = input_ids.shape[1] - 1
             every = reinfer_every or longest
             nll = torch.zeros(len(indices), dtype=torch.double, device=model.device)
             for begin in range(prompt_tokens, longest, every):
                 end = min(begin + every, longest)
-                seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
-                if begin:
-                    keys, told = sequence_keys(seen, seen_mask), attention_mask[:, : end + 1].sum(1) - 1
-                    law = model.infer(seen, seen_mask, condition, seed=seed)
-                    law = model.going_on(law, seen_mask.sum(1) - 1, model.prior(len(input_ids), told, condition))
-                else:  # texts that begin alike need noise of their own, or their errors would add up
-                    law = model.prior(len(input_ids), attention_mask.sum(1) - 1, condition)
-                    keys = sequence_keys(input_ids, attention_mask)
                 until = (input_ids[:, : end + 1], attention_mask[:, : end + 1], condition)
-                log_likelihood = [
-                    model.log_likelihood(z, *until)[:, begin:].sum(-1)
-                    for z in model.draw_latents(law, keys, draws, seed=seed, stream=Stream.CONTINUATION)
-                ]
+                drawn = latents_of_prompt(
+                    model, input_ids, attention_mask, condition, begin=begin, end=end, samples=draws, seed=seed
+                )
+                log_likelihood = [model.log_likelihood(z, *until)[:, begin:].sum(-1) for z in drawn]
                 nll -= torch.stack(log_likelihood).double().logsumexp(0) - math.log(draws)
             scored = model.scored_tokens(input_ids, attention_mask)[:, prompt_tokens:]
             figures.add(indices, nll=nll, tokens=scored.sum(1))
@@ -90,3 +81,39 @@ def continuation(
         "prompt_tokens": prompt_tokens,
         "reinfer_every": None if model.exact else reinfer_every,
     }
+
+
+def longer_than_prompt(sequences: Dataset, prompt_tokens: int) -> Subset:
+    """The sequences that have a token after a prompt of so many.
+
+    Raises:
+        InputError: there is none.
+    """
+    number = len(sequences)  # type: ignore[arg-type]
+    long = [index for index in range(number) if len(sequences[index]["input_ids"]) > prompt_tokens + 1]
+    if not long:
+        raise InputError(f"no sequence is longer than the prompt of {prompt_tokens} tokens.")
+    return Subset(sequences, long)
+
+
+def latents_of_prompt(
+    model: LatentLM,
+    input_ids: Int64[Tensor, "batch time"],
+    attention_mask: Int64[Tensor, "batch time"],
+    condition: Any = None,
+    *,
+    begin: int,
+    end: int,
+    samples: int,
+    seed: int,
+) -> Float[Tensor, "samples batch *event"]:
+    """z_k ~ q(z | x_1 … x_begin), of texts that are told up to x_end; z_k ~ p(z) where nothing is seen (begin 0)."""
+    seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
+    if begin:
+        keys, told = sequence_keys(seen, seen_mask), attention_mask[:, : end + 1].sum(1) - 1
+        law = model.infer(seen, seen_mask, condition, seed=seed)
+        law = model.going_on(law, seen_mask.sum(1) - 1, model.prior(len(input_ids), told, condition))
+    else:  # texts that begin alike need noise of their own, or their errors would add up
+        law = model.prior(len(input_ids), attention_mask.sum(1) - 1, condition)
+        keys = sequence_keys(input_ids, attention_mask)
+    return model.draw_latents(law, keys, samples, seed=seed, stream=Stream.CONTINUATION)

@@ -131,6 +131,7 @@ def _common_length(sequences: Dataset) -> int | None:
 
 
 def perplexity(nll_per_token: float) -> float:
+    """exp(nats per token), or per word; infinite where that is past all numbers."""
     try:
         return math.exp(nll_per_token)
     except OverflowError:  # a diverged model

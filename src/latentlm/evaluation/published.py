@@ -12,6 +12,11 @@ from latentlm.families import GPVAE, LTM
 from latentlm.latent_lm import LatentLM
 
 
+def has_published_protocol(model: LatentLM) -> bool:
+    """Whether `published_figures` knows what published code would report of the model."""
+    return isinstance(model, LTM | GPVAE) or model.exact
+
+
 @torch.no_grad()
 def published_figures(
     model: LatentLM,
@@ -33,7 +38,7 @@ def published_figures(
     Raises:
         InputError: the family has no published protocol here.
     """
-    if not (isinstance(model, LTM | GPVAE) or model.exact):
+    if not has_published_protocol(model):
         raise InputError(f"no published protocol is known for {type(model).__name__}: score it by the honest one.")
     figures = PerSequence("nll", "tokens")
     with evaluating(model):
