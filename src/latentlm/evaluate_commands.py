@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from latentlm.errors import InputError
 from latentlm.options import (
     DATA_HELP,
     Annotations,
@@ -20,10 +21,13 @@ from latentlm.options import (
     SampleBy,
     Seed,
     Settings,
+    TextsFile,
+    about,
     change_inference,
     load_model,
     terminal,
     write_json,
+    write_json_lines,
 )
 from latentlm.processes import join
 
@@ -166,3 +170,65 @@ def likelihood(
     if pairs := figures.get("reconstruction_pairs"):
         console.print(reconstructed(pairs[:_PAIRS_SHOWN]), markup=False, highlight=False, soft_wrap=True)
     write_json(json_file, figures)
+
+
+@evaluate_app.command()
+def gsm8k(
+    model: Model,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Problems: a .jsonl with the columns question and answer.")],
+    train: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Solved problems that --shots are drawn from.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved problems before each question.")] = 0,
+    trials: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="Texts for each problem.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each text.")] = 50,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="Width of a beam search; by default 5 for a model without latents, otherwise sampling.",
+        ),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling, by default 1.")] = None,
+    limit: Limit = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    texts: TextsFile = None,
+) -> None:
+    """Arithmetic reasoning: grade-school problems in words, each tried several times (pass@k).
+
+    Example: latentlm evaluate gsm8k runs/ltm --data test.jsonl --train train.jsonl --shots 8 --json gsm8k.json
+    """
+    from latentlm.evaluation.gsm8k import gsm8k as run
+    from latentlm.evaluation.gsm8k import pass_table, read_problems
+    from latentlm.training.progress import counted
+
+    if shots and train is None:
+        raise InputError("--shots are drawn from solved problems: give some by --train.")
+    console = terminal()
+    problems = read_problems(data, limit)
+    examples = read_problems(train) if train is not None and shots else []
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
+    with counted(console, "solving") as on_progress:
+        figures, records = run(
+            loaded,
+            tokenizer,
+            problems,
+            examples=examples,
+            shots=shots,
+            trials=trials,
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            temperature=temperature,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    console.print(pass_table(Path(model).name, figures))
+    if figures["too_long"]:
+        console.print(f"too long for the model's context, so not answered: {figures['too_long']:,} problems")
+    given = {"data": data, "train": train, "settings": settings or []}
+    write_json(json_file, {"task": "gsm8k", **about(model, loaded), **given, **figures, "seed": seed})
+    write_json_lines(texts, records)

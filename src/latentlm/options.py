@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,10 @@ def checked_seed(seed: int | None) -> int | None:
 
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE, too.", callback=_json_file)
+]
+TextsFile = Annotated[
+    Path | None,
+    typer.Option("--texts", metavar="FILE.jsonl", help="Write what the model wrote to FILE.", callback=_json_file),
 ]
 Model = Annotated[str, typer.Argument(help="Folder (or hub name) of a saved model.", metavar="MODEL")]
 Seed = Annotated[int, typer.Option(help="Seed of all noise.", callback=checked_seed)]
@@ -72,6 +77,19 @@ def write_json(path: Path | None, content: Any) -> None:
 
     if path is not None and is_main():
         write_whole(path, json.dumps(content, indent=1))
+
+
+def write_json_lines(path: Path | None, rows: Iterable[Any]) -> None:
+    """What `TextsFile` asks for: one row a line; of several processes the first one writes."""
+    from latentlm.files import write_whole
+
+    if path is not None and is_main():
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def about(name: str, model: Any) -> dict[str, str]:
+    """Which model figures are of: as it was given, and its family."""
+    return {"model": name, "family": type(model).__name__}
 
 
 def load_model(name: str) -> tuple[Any, Any]:
