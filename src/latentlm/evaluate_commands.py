@@ -232,3 +232,47 @@ def gsm8k(
     given = {"data": data, "train": train, "settings": settings or []}
     write_json(json_file, {"task": "gsm8k", **about(model, loaded), **given, **figures, "seed": seed})
     write_json_lines(texts, records)
+
+
+@evaluate_app.command()
+def harness(
+    model: Model,
+    tasks: Annotated[str, typer.Option(metavar="TASK,…", help="Tasks of lm-eval, or of --include-path.")],
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with tasks of your own (YAML).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only so many examples of each task.")] = None,
+    iw_samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="K of the estimates.")] = 16,
+    settings: Settings = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Tasks of the lm-evaluation-harness (package lm-eval).
+
+    Example: latentlm evaluate harness runs/ltm --tasks lambada_openai,piqa --limit 100 --json harness.json
+    """
+    try:
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise InputError("this needs the package lm-eval: pip install 'latentlm[harness]'.") from error
+    from latentlm.evaluation.harness import HarnessLM
+    from latentlm.evaluation.harness import harness as run
+    from latentlm.training.progress import counted
+
+    console = terminal()
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
+    with counted(console, "evaluating") as on_progress:
+        lm = HarnessLM(
+            loaded, tokenizer, iw_samples=iw_samples, batch_size=batch_size, seed=seed, on_progress=on_progress
+        )
+        results = run(lm, tasks.split(","), include_path=include_path, limit=limit)
+    for shown in ("results", "groups"):
+        if results.get(shown):
+            console.print(make_table(results, shown), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{lm.note()}.", markup=False, highlight=False)
+    if lm.cut:
+        console.print(f"cut at the front to fit the model's context: {lm.cut:,} contexts")
+    given = {"tasks": tasks.split(","), "limit": limit, "settings": settings or [], **lm.get_model_info()}
+    write_json(json_file, {"task": "harness", **about(model, loaded), **given, "cut": lm.cut, "harness": results})

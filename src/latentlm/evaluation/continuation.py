@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from latentlm.distributions import Stream, sequence_keys
@@ -63,19 +65,12 @@ def continuation(
             nll = torch.zeros(len(indices), dtype=torch.double, device=model.device)
             for begin in range(prompt_tokens, longest, every):
                 end = min(begin + every, longest)
-                seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
-                if begin:
-                    keys, told = sequence_keys(seen, seen_mask), attention_mask[:, : end + 1].sum(1) - 1
-                    law = model.infer(seen, seen_mask, condition, seed=seed)
-                    law = model.going_on(law, seen_mask.sum(1) - 1, model.prior(len(input_ids), told, condition))
-                else:  # texts that begin alike need noise of their own, or their errors would add up
-                    law = model.prior(len(input_ids), attention_mask.sum(1) - 1, condition)
-                    keys = sequence_keys(input_ids, attention_mask)
+                given = torch.full((len(indices),), begin, device=model.device)
+                latents = latents_of_prompts(
+                    model, input_ids, attention_mask, condition, prompt_tokens=given, end=end, samples=draws, seed=seed
+                )
                 until = (input_ids[:, : end + 1], attention_mask[:, : end + 1], condition)
-                log_likelihood = [
-                    model.log_likelihood(z, *until)[:, begin:].sum(-1)
-                    for z in model.draw_latents(law, keys, draws, seed=seed, stream=Stream.CONTINUATION)
-                ]
+                log_likelihood = [model.log_likelihood(z, *until)[:, begin:].sum(-1) for z in latents]
                 nll -= torch.stack(log_likelihood).double().logsumexp(0) - math.log(draws)
             scored = model.scored_tokens(input_ids, attention_mask)[:, prompt_tokens:]
             figures.add(indices, nll=nll, tokens=scored.sum(1))
@@ -90,3 +85,34 @@ def continuation(
         "prompt_tokens": prompt_tokens,
         "reinfer_every": None if model.exact else reinfer_every,
     }
+
+
+def latents_of_prompts(
+    model: LatentLM,
+    input_ids: Int64[Tensor, "batch time"],
+    attention_mask: Int64[Tensor, "batch time"],
+    condition: Any = None,
+    *,
+    prompt_tokens: Int64[Tensor, " batch"],
+    end: int,
+    samples: int,
+    seed: int,
+) -> Float[Tensor, "samples batch *event"]:
+    """z's of texts, padded on the right, from q(z | the text's first scored tokens), or from the prior without any.
+
+    Args:
+        prompt_tokens: how many tokens of each text z is inferred from; of all texts at least 1, or of all 0.
+        end: scored tokens to which z has to reach.
+    """
+    longest = int(prompt_tokens.max())
+    if longest:
+        places = torch.arange(longest + 1, device=input_ids.device)
+        seen, seen_mask = input_ids[:, : longest + 1], attention_mask[:, : longest + 1]
+        seen_mask = seen_mask * (places <= prompt_tokens[:, None])
+        keys, told = sequence_keys(seen, seen_mask), attention_mask[:, : end + 1].sum(1) - 1
+        law = model.infer(seen, seen_mask, condition, seed=seed)
+        law = model.going_on(law, seen_mask.sum(1) - 1, model.prior(len(input_ids), told, condition))
+    else:  # texts that begin alike need noise of their own, or their errors would add up
+        law = model.prior(len(input_ids), attention_mask.sum(1) - 1, condition)
+        keys = sequence_keys(input_ids, attention_mask)
+    return model.draw_latents(law, keys, samples, seed=seed, stream=Stream.CONTINUATION)
