@@ -252,6 +252,8 @@ def harness(
 
     Example: latentlm evaluate harness runs/ltm --tasks lambada_openai,piqa --limit 100 --json harness.json
     """
+    import logging
+
     try:
         from lm_eval.utils import make_table
     except ImportError as error:
@@ -260,6 +262,7 @@ def harness(
     from latentlm.evaluation.harness import harness as run
     from latentlm.training.progress import counted
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells each default that a task leaves
     console = terminal()
     loaded, tokenizer = load_model(model)
     change_inference(loaded, settings)

@@ -111,7 +111,6 @@ class HarnessLM(TemplateLM):
         self.batch_size, self.seed, self.on_progress = int(batch_size), seed, on_progress
         self.bos, self.eos = bos_and_eos(tokenizer)
         self.cut = 0
-        self._asked: Counter[tuple[str, str]] = Counter()
 
     # ---- what the harness asks of a model ----------------------------------------------------------------------------
 
@@ -269,15 +268,19 @@ class HarnessLM(TemplateLM):
         """
         if not isinstance(self.model, WritesText):
             raise InputError(f"a {type(self.model).__name__} does not write text: take tasks of log-likelihoods.")
-        written = []
+        written: list[str] = []
+        # the same question asked again is to have another answer, where answers are drawn
+        before: Counter[tuple[str, str]] = Counter()
         with evaluating(self.model):
             for done, (context, settings) in enumerate((request.args for request in requests), start=1):
-                written.append(self._written(self.model, context, dict(settings)))
+                asked = (context, json.dumps(settings, sort_keys=True))
+                written.append(self._written(self.model, context, dict(settings), before[asked]))
+                before[asked] += 1
                 if self.on_progress is not None:
                     self.on_progress(done, len(requests))
         return written
 
-    def _written(self, model: WritesText, context: str, settings: dict[str, Any]) -> str:
+    def _written(self, model: WritesText, context: str, settings: dict[str, Any], times: int) -> str:
         settings = dict(normalize_gen_kwargs(settings))
         until, new_tokens = settings.pop("until"), settings.pop("max_gen_toks")
         if unknown := settings.keys() - _SAMPLING:
@@ -290,10 +293,7 @@ class HarnessLM(TemplateLM):
             settings.setdefault("top_k", 0)
         new_tokens = min(new_tokens, max(self.max_length // 2, 1))
         prompt = [self.bos, *self._cut(self.tok_encode(context), self.max_length - new_tokens)]
-        # the same question asked again is to have another answer, where answers are drawn
-        key = (context, json.dumps(settings, sort_keys=True))
-        self._asked[key] += 1
-        chance = random.Random(f"{self.seed} {self._asked[key]} {context}")
+        chance = random.Random(f"{self.seed} {times} {context}")
         rows = model.generate(
             torch.tensor([prompt], device=self.device),
             max_new_tokens=new_tokens,
@@ -347,11 +347,14 @@ def harness(lm: HarnessLM, tasks: Sequence[str], *, include_path: Path | None = 
         raise InputError("there is no task: name at least one.")
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"{include_path} is no folder: give one with tasks (YAML).")
+    own = None if include_path is None else _Tasks(include_path=include_path, include_defaults=False)
+    # to look through the harness' own tasks takes seconds
+    needed = own if own is not None and all(map(own.match_tasks, [[name] for name in names])) else None
     small_seed = lm.seed % 2**32  # of numpy
     results = simple_evaluate(
         model=lm,
         tasks=names,
-        task_manager=_Tasks(include_path=include_path),
+        task_manager=needed or _Tasks(include_path=include_path),
         limit=limit,
         log_samples=False,
         bootstrap_iters=_BOOTSTRAPS,
