@@ -24,6 +24,7 @@ from latentlm.options import (
     TextsFile,
     about,
     change_inference,
+    check_one_process,
     load_model,
     terminal,
     write_json,
@@ -205,6 +206,7 @@ def gsm8k(
     from latentlm.evaluation.gsm8k import pass_table, read_problems
     from latentlm.training.progress import counted
 
+    check_one_process("evaluate gsm8k")
     if shots and train is None:
         raise InputError("--shots are drawn from solved problems: give some by --train.")
     console = terminal()
@@ -254,6 +256,7 @@ def harness(
     """
     import logging
 
+    check_one_process("evaluate harness")
     try:
         from lm_eval.utils import make_table
     except ImportError as error:

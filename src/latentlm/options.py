@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from latentlm.errors import InputError
-from latentlm.processes import is_main
+from latentlm.processes import is_main, launched
 
 DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
@@ -85,6 +85,12 @@ def write_json_lines(path: Path | None, rows: Iterable[Any]) -> None:
 
     if path is not None and is_main():
         write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def check_one_process(command: str) -> None:
+    """Refuses a launcher's many processes, each of which would do the whole work."""
+    if launched() > 1:
+        raise InputError(f"{command} is a job of one process: start it without torchrun or accelerate launch.")
 
 
 def about(name: str, model: Any) -> dict[str, str]:

@@ -449,6 +449,12 @@ def test_mistakes_are_told_in_one_sentence(folder, options, told):
     assert status == 2 and told in err
 
 
+def test_it_is_a_job_of_one_process(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    status, _, err = run("evaluate", "gsm8k", "model", "--data", "test.jsonl")
+    assert status == 2 and "evaluate gsm8k is a job of one process" in err
+
+
 def test_help_shows_an_example():
     with unchecked():
         assert "Example: latentlm evaluate gsm8k " in " ".join(run("evaluate", "gsm8k", "--help")[1].split())

@@ -291,7 +291,7 @@ def test_what_does_not_fit_is_told(tokenizer):
 
 def test_a_folder_and_settings_of_inference_as_the_harness_gives_them():
     lm = get_model("latentlm").create_from_arg_string(
-        f"pretrained={trained('ltm')},iw_samples=3,inference_steps=5,seed=7", {"batch_size": 2, "device": "cpu"}
+        f"pretrained={trained('ltm')},iw_samples=3,inference_steps=5,seed=7", {"batch_size": 2, "device": "cuda:0"}
     )
     assert isinstance(lm, HarnessLM)
     assert (lm.samples, lm.batch_size, lm.seed, lm.model.config.inference_steps) == (3, 2, 7, 5)
@@ -417,6 +417,13 @@ def test_without_the_package_it_says_how_to_install_it(monkeypatch):
     with unchecked():
         status, _, err = run("evaluate", "harness", "model", "--tasks", "piqa")
     assert (status, err) == (2, "latentlm: this needs the package lm-eval: pip install 'latentlm[harness]'.\n")
+
+
+def test_it_is_a_job_of_one_process(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with unchecked():
+        status, _, err = run("evaluate", "harness", "model", "--tasks", "piqa")
+    assert status == 2 and "evaluate harness is a job of one process" in err
 
 
 def test_help_shows_an_example():

@@ -97,6 +97,8 @@ class HarnessLM(TemplateLM):
             model = pretrained
         else:
             model, tokenizer = load(pretrained)
+            if not torch.cuda.is_available() and str(device).startswith("cuda"):
+                device = None  # the harness' command asks for a GPU where nothing is asked for
             model.to(device or "cpu")
         if model.annotation_labels is not None:
             raise InputError("the model needs labels for each text, and tasks have none: give one without a condition.")
