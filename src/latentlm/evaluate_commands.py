@@ -277,7 +277,7 @@ def harness(
     for shown in ("results", "groups"):
         if results.get(shown):
             console.print(make_table(results, shown), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"{lm.note()}.", markup=False, highlight=False)
+    console.print(f"{lm.note()}.", markup=False, highlight=False, soft_wrap=True)
     if lm.cut:
         console.print(f"cut at the front to fit the model's context: {lm.cut:,} contexts")
     given = {"tasks": tasks.split(","), "limit": limit, "settings": settings or [], **lm.get_model_info()}

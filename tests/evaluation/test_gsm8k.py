@@ -422,6 +422,7 @@ def test_the_command_writes_figures_and_texts(folder):
     status, out, _ = run("evaluate", "gsm8k", str(trained("ltm")), *options, "--train", train, "--shots", "1")
     assert status == 0
     assert json.loads((folder / "a.json").read_text())["shots"] == 1
+    assert "any number; there was room for 0.00 shots" in " ".join(out.split())  # in so small a context
     assert "too long for the model's context" not in out
     status, out, _ = run("evaluate", "gsm8k", str(trained("ltm")), "--data", data)
     assert status == 0 and "not answered: 2 problems" in out  # 50 new tokens exceed so small a context

@@ -260,9 +260,14 @@ def _pass(given: Sequence[Decimal | None], number: Decimal, trials: int, k: int,
 
 
 def pass_table(name: str, figures: Mapping[str, Any]) -> Table:
-    """pass@k in per cent, beside what chance would pass."""
+    """pass@k in per cent, beside what chance would pass; below it how many texts have a number at all."""
     how = f"{figures['beams']} beams" if figures["beams"] > 1 else f"sampling at {figures['temperature']:g}"
-    table = Table(title=f"{name}: {figures['problems']:,} problems, {how}, {figures['shots']} shots")
+    answered = f"{100 * figures['strict_answered']:.1f}% of the texts have a #### number"
+    answered += f", {100 * figures['flexible_answered']:.1f}% any number"
+    if figures["shots"]:
+        answered += f"; there was room for {figures['mean_shots_used']:.2f} shots"
+    title = f"{name}: {figures['problems']:,} problems, {how}, {figures['shots']} shots"
+    table = Table(title=title, caption=answered)
     for column in ("pass@k, %", "#### number", "± s.e.", "by chance", "any number", "± s.e.", "by chance"):
         table.add_column(column, justify="right")
     for k in range(1, figures["trials"] + 1):
