@@ -27,13 +27,13 @@ from latentlm.options import (
     Seed,
     Settings,
     change_inference,
+    check_one_process,
     checked_seed,
     load_model,
     terminal,
     write_json,
 )
 from latentlm.probe_commands import probe_app
-from latentlm.processes import launched
 
 app = typer.Typer(
     name="latentlm",
@@ -62,10 +62,8 @@ def _options(
     ] = None,
 ) -> None:
     context.obj = threads
-    if launched() > 1 and context.invoked_subcommand not in _OF_SEVERAL_PROCESSES:
-        raise InputError(
-            f"{context.invoked_subcommand} is a job of one process: start it without torchrun or accelerate launch."
-        )
+    if context.invoked_subcommand is not None and context.invoked_subcommand not in _OF_SEVERAL_PROCESSES:
+        check_one_process(context.invoked_subcommand)
     if threads is None and context.invoked_subcommand == "quickstart":
         threads = min(_QUICKSTART_THREADS, os.cpu_count() or 1)
     if threads is not None:

@@ -30,7 +30,7 @@ from latentlm.options import (
     write_json,
 )
 from latentlm.processes import join
-from latentlm.writing_commands import completions, samples
+from latentlm.writing_commands import completions, gsm8k, harness, samples
 
 _PAIRS_SHOWN = 5
 _DEFAULT = "likelihood"
@@ -297,5 +297,5 @@ def calibration_command(
     write_json(json_file, {**head, "data": data, "limit": limit, "settings": settings or [], "seed": seed})
 
 
-for _command in (completions, samples):
+for _command in (completions, samples, gsm8k, harness):
     evaluate_app.command()(_command)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from latentlm.errors import InputError
-from latentlm.processes import is_main
+from latentlm.processes import is_main, launched
 
 MOST_SAMPLES = 1_000_000
 DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
@@ -43,7 +43,7 @@ JsonFile = Annotated[
 ]
 TextsFile = Annotated[
     Path | None,
-    typer.Option("--texts", metavar="FILE", help="Write the texts to FILE, a .jsonl.", callback=_json_file),
+    typer.Option("--texts", metavar="FILE.jsonl", help="Write what the model wrote to FILE.", callback=_json_file),
 ]
 PlotFile = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw a picture to FILE.png.", callback=_plot_file)
@@ -103,6 +103,12 @@ def write_lines(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
 
     if path is not None and is_main():
         write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def check_one_process(command: str) -> None:
+    """Refuses a launcher's many processes, each of which would do the whole work."""
+    if launched() > 1:
+        raise InputError(f"{command} is a job of one process: start it without torchrun or accelerate launch.")
 
 
 def load_model(name: str) -> tuple[Any, Any]:

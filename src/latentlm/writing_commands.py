@@ -1,9 +1,11 @@
 """The tables of `latentlm evaluate` for which a model writes text."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from latentlm.errors import InputError
 from latentlm.options import (
     MOST_SAMPLES,
     BatchSize,
@@ -18,6 +20,7 @@ from latentlm.options import (
     TextsFile,
     about,
     change_inference,
+    check_one_process,
     load_model,
     terminal,
     write_json,
@@ -128,6 +131,115 @@ def samples(
     _show(f"{number:,} texts of up to {figures['length']} tokens from z of the prior", figures)
     write_lines(texts, lines)
     write_json(json_file, figures)
+
+
+def gsm8k(
+    model: Model,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Problems: a .jsonl with the columns question and answer.")],
+    train: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Solved problems that --shots are drawn from.")
+    ] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Solved problems before each question.")] = 0,
+    trials: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Texts for each problem.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each text.")] = 50,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=4096,
+            help="Width of a beam search; by default 5 for a model without latents, otherwise sampling.",
+        ),
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of sampling, by default 1.")] = None,
+    limit: Limit = None,
+    settings: Settings = None,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+    texts: TextsFile = None,
+) -> None:
+    """Arithmetic reasoning: grade-school problems in words, each tried several times (pass@k).
+
+    Example: latentlm evaluate gsm8k runs/ltm --data test.jsonl --train train.jsonl --shots 8 --json gsm8k.json
+    """
+    from latentlm.evaluation.gsm8k import gsm8k as run
+    from latentlm.evaluation.gsm8k import pass_table, read_problems
+    from latentlm.training.progress import counted
+
+    check_one_process("evaluate gsm8k")
+    if shots and train is None:
+        raise InputError("--shots are drawn from solved problems: give some by --train.")
+    console = terminal()
+    problems = read_problems(data, limit)
+    examples = read_problems(train) if train is not None and shots else []
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
+    with counted(console, "solving") as on_progress:
+        figures, records = run(
+            loaded,
+            tokenizer,
+            problems,
+            examples=examples,
+            shots=shots,
+            trials=trials,
+            max_new_tokens=max_new_tokens,
+            beams=beams,
+            temperature=temperature,
+            seed=seed,
+            on_progress=on_progress,
+        )
+    console.print(pass_table(Path(model).name, figures))
+    if figures["too_long"]:
+        console.print(f"too long for the model's context, so not answered: {figures['too_long']:,} problems")
+    given = {"data": data, "train": train, "settings": settings or []}
+    write_json(json_file, {"task": "gsm8k", **about(model, loaded), **given, **figures, "seed": seed})
+    write_lines(texts, records)
+
+
+def harness(
+    model: Model,
+    tasks: Annotated[str, typer.Option(metavar="TASK,…", help="Tasks of lm-eval, or of --include-path.")],
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with tasks of your own (YAML).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only so many examples of each task.")] = None,
+    iw_samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="K of the estimates.")] = 16,
+    settings: Settings = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Tasks of the lm-evaluation-harness (package lm-eval).
+
+    Example: latentlm evaluate harness runs/ltm --tasks lambada_openai,piqa --limit 100 --json harness.json
+    """
+    import logging
+
+    check_one_process("evaluate harness")
+    try:
+        from lm_eval.utils import make_table
+    except ImportError as error:
+        raise InputError("this needs the package lm-eval: pip install 'latentlm[harness]'.") from error
+    from latentlm.evaluation.harness import HarnessLM
+    from latentlm.evaluation.harness import harness as run
+    from latentlm.training.progress import counted
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it tells each default that a task leaves
+    console = terminal()
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
+    with counted(console, "evaluating") as on_progress:
+        lm = HarnessLM(
+            loaded, tokenizer, iw_samples=iw_samples, batch_size=batch_size, seed=seed, on_progress=on_progress
+        )
+        results = run(lm, tasks.split(","), include_path=include_path, limit=limit)
+    for shown in ("results", "groups"):
+        if results.get(shown):
+            console.print(make_table(results, shown), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{lm.note()}.", markup=False, highlight=False, soft_wrap=True)
+    if lm.cut:
+        console.print(f"cut at the front to fit the model's context: {lm.cut:,} contexts")
+    given = {"tasks": tasks.split(","), "limit": limit, "settings": settings or [], **lm.get_model_info()}
+    write_json(json_file, {"task": "harness", **about(model, loaded), **given, "cut": lm.cut, "harness": results})
 
 
 def _reader(name: str | None) -> "Reader | None":

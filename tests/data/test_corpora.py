@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from latentlm.data import Document, read_documents
+from latentlm.data import Document, read_columns, read_documents
 from latentlm.errors import InputError
 
 TEXTS = ["first line", "“zweite” Zeile, with a comma", "third\u2028 line"]
@@ -216,3 +216,28 @@ def test_permission_denied(tmp_path, monkeypatch):
 
 def test_reader_is_an_iterator(tmp_path):
     assert isinstance(iter(read_documents(write(tmp_path / "a.txt", "x"))), islice | types.GeneratorType)
+
+
+# ---- several columns -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["", ".xz"])
+def test_several_columns_of_a_table(tmp_path, suffix):
+    rows = [json.dumps({"a": text, "n": 1, "b": f"{n}"}) for n, text in enumerate(TEXTS)]
+    path = write(tmp_path / f"a.jsonl{suffix}", "\n\n".join(rows))
+    found = list(read_columns(path, ("b", "a")))
+    # blank lines are no rows, but they count as lines
+    assert found == [(f"{path} line {2 * n + 1}", (f"{n}", text)) for n, text in enumerate(TEXTS)]
+    assert list(read_columns(path, ("a",), limit=1)) == [(f"{path} line 1", (TEXTS[0],))]
+
+
+def test_columns_that_are_missing_or_of_another_kind_of_file(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"a": "text", "b": "text"}\n{"a": "text"}')
+    with pytest.raises(InputError, match=r"line 2 has no text in column 'b'"):
+        list(read_columns(path, ("a", "b")))
+    (tmp_path / "folder").mkdir()
+    write(tmp_path / "folder" / "a.txt", "a")
+    write(tmp_path / "folder" / "b.jsonl", '{"a": "text"}')
+    for source in (tmp_path / "folder", tmp_path / "folder" / "a.txt"):
+        with pytest.raises(InputError, match=r"columns a, b: give a .jsonl file"):
+            list(read_columns(source, ("a", "b")))

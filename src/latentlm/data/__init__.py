@@ -1,7 +1,7 @@
 """Text and what becomes of it: corpora, tokenizers, blocks, sentences, batches."""
 
 from latentlm.data.builtin import FACTORS, GRAMMAR_SIZE, python_docs, render, sentences, stories
-from latentlm.data.corpora import Annotated, Document, read_documents
+from latentlm.data.corpora import Annotated, Document, read_columns, read_documents
 from latentlm.data.datasets import (
     Blocks,
     Collator,
@@ -35,6 +35,7 @@ __all__ = [
     "length_buckets",
     "load_tokenizer",
     "python_docs",
+    "read_columns",
     "read_documents",
     "render",
     "sentences",

@@ -10,7 +10,8 @@ import hashlib
 import json
 import lzma
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -182,8 +183,15 @@ def _read_file(
         ".csv": lambda: _read_delimited(path, column, _csv_rows(path), annotated),
         ".parquet": lambda: _read_parquet(path, column, annotated),
     }
-    try:
+    with _told(path):
         yield from readers[kind]()
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What keeps a file from being read, in one sentence."""
+    try:
+        yield
     except (lzma.LZMAError, EOFError) as error:
         raise InputError(f"{path} is truncated or is no xz file ({error}): compress or copy it again") from error
     except OSError as error:
@@ -278,8 +286,26 @@ def _label_column(record: Mapping[str, Any], annotated: Annotated | None, where:
         raise InputError(f"{where} has no column {annotated.place!r} of labels: give one of its columns ({names})")
 
 
-def _read_jsonl(path: Path, column: str | None, annotated: Annotated | None) -> Iterator[Document]:
-    name = None
+def read_columns(
+    source: str | Path, columns: Sequence[str], *, limit: int | None = None
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Several columns of text of a `.jsonl` file or an `.xz` of one.
+
+    Yields:
+        the place of a record, as a message names it (file and line), and its texts in the order of `columns`.
+
+    Raises:
+        InputError: a source of another kind, or a record that lacks one of the texts.
+    """
+    [path, *more] = _files(Path(source))
+    if more or (_kind(path) or "").removesuffix(".xz") != ".jsonl":
+        raise InputError(f"{source} has to hold the columns {', '.join(columns)}: give a .jsonl file, or .xz of one")
+    with _told(path):
+        for where, record in islice(_json_objects(path), limit):
+            yield where, tuple(_checked(record.get(column), column, where).text for column in columns)
+
+
+def _json_objects(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for number, line in _lines(path):
         if not line.strip():
             continue
@@ -290,6 +316,12 @@ def _read_jsonl(path: Path, column: str | None, annotated: Annotated | None) -> 
             raise InputError(f"{where} is not valid JSON ({error}): write one JSON object on each line") from error
         if not isinstance(record, dict):
             raise InputError(f"{where} is {type(record).__name__}, no object: write one JSON object on each line")
+        yield where, record
+
+
+def _read_jsonl(path: Path, column: str | None, annotated: Annotated | None) -> Iterator[Document]:
+    name = None
+    for where, record in _json_objects(path):
         if name is None:
             name = _text_column(_without(record, annotated), column, where)
             _label_column(record, annotated, where)

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 
 from latentlm.errors import InputError
 from latentlm.evaluation.batches import evaluating, in_batches
-from latentlm.evaluation.continuation import latents_of_prompt, longer_than_prompt
+from latentlm.evaluation.continuation import latents_of_prompts, longer_than_prompt
 from latentlm.files import whole_file
 from latentlm.latent_lm import LatentLM
 from latentlm.processes import gather_rows
@@ -57,9 +57,10 @@ def log_predictive(
         samples: K; an exact model needs one.
     """
     end = input_ids.shape[1] - 1
-    drawn = latents_of_prompt(
+    given = torch.full((len(input_ids),), prompt_tokens, device=model.device)
+    drawn = latents_of_prompts(
         model, input_ids, attention_mask, condition,
-        begin=prompt_tokens, end=end, samples=1 if model.exact else samples, seed=seed,
+        prompt_tokens=given, end=end, samples=1 if model.exact else samples, seed=seed,
     )  # fmt: skip
     targets = input_ids[:, 1 + prompt_tokens :, None]
     mixture: Tensor | None = None  # log p̂ of the samples so far

@@ -63,8 +63,9 @@ def continuation(
             for begin in range(prompt_tokens, longest, every):
                 end = min(begin + every, longest)
                 until = (input_ids[:, : end + 1], attention_mask[:, : end + 1], condition)
-                drawn = latents_of_prompt(
-                    model, input_ids, attention_mask, condition, begin=begin, end=end, samples=draws, seed=seed
+                given = torch.full((len(indices),), begin, device=model.device)
+                drawn = latents_of_prompts(
+                    model, input_ids, attention_mask, condition, prompt_tokens=given, end=end, samples=draws, seed=seed
                 )
                 log_likelihood = [model.log_likelihood(z, *until)[:, begin:].sum(-1) for z in drawn]
                 nll -= torch.stack(log_likelihood).double().logsumexp(0) - math.log(draws)
@@ -96,20 +97,28 @@ def longer_than_prompt(sequences: Dataset, prompt_tokens: int) -> Subset:
     return Subset(sequences, long)
 
 
-def latents_of_prompt(
+def latents_of_prompts(
     model: LatentLM,
     input_ids: Int64[Tensor, "batch time"],
     attention_mask: Int64[Tensor, "batch time"],
     condition: Any = None,
     *,
-    begin: int,
+    prompt_tokens: Int64[Tensor, " batch"],
     end: int,
     samples: int,
     seed: int,
 ) -> Float[Tensor, "samples batch *event"]:
-    """z_k ~ q(z | x_1 … x_begin), of texts that are told up to x_end; z_k ~ p(z) where nothing is seen (begin 0)."""
-    seen, seen_mask = input_ids[:, : begin + 1], attention_mask[:, : begin + 1]
-    if begin:
+    """z's of texts, padded on the right, from q(z | the text's first scored tokens), or from the prior without any.
+
+    Args:
+        prompt_tokens: how many tokens of each text z is inferred from; of all texts at least 1, or of all 0.
+        end: scored tokens to which z has to reach.
+    """
+    longest = int(prompt_tokens.max())
+    if longest:
+        places = torch.arange(longest + 1, device=input_ids.device)
+        seen, seen_mask = input_ids[:, : longest + 1], attention_mask[:, : longest + 1]
+        seen_mask = seen_mask * (places <= prompt_tokens[:, None])
         keys, told = sequence_keys(seen, seen_mask), attention_mask[:, : end + 1].sum(1) - 1
         law = model.infer(seen, seen_mask, condition, seed=seed)
         law = model.going_on(law, seen_mask.sum(1) - 1, model.prior(len(input_ids), told, condition))
