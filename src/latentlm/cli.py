@@ -208,7 +208,7 @@ def leaderboard(
     Example: latentlm leaderboard runs/ltm-inference figures.json --output runs/leaderboard
     """
     from latentlm.evaluation.leaderboard import leaderboard as run
-    from latentlm.evaluation.leaderboard_page import save, tables, unplaced
+    from latentlm.evaluation.leaderboard_page import save, tables
 
     console = terminal()
     board = run(runs)
@@ -217,8 +217,8 @@ def leaderboard(
         console.print(table)
         for remark in section.remarks():
             console.print(remark, markup=False, highlight=False, soft_wrap=True)
-    for line in unplaced(board):
-        console.print(f"not shown: {line}", markup=False, highlight=False, soft_wrap=True)
+    for note in board.notes():
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
     write_json(json_file, board.json())
     names = ", ".join(path.name for path in written)
     console.print(f"left in {output}: {names}", markup=False, highlight=False, soft_wrap=True)

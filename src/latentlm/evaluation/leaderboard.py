@@ -115,14 +115,19 @@ class Section:
 
 @dataclass(frozen=True)
 class Leaderboard:
-    """All sections, and files that stand in none → why."""
+    """All sections, remarks on figures of all of them, and files that stand in none → why."""
 
     sections: Sequence[Section]
+    remarks: Sequence[str] = ()
     unplaced: Mapping[str, str] = field(default_factory=dict)
+
+    def notes(self) -> list[str]:
+        """What a reader has to know beside the sections' own remarks."""
+        return [*self.remarks, *(f"Not shown: {source}: {why}." for source, why in self.unplaced.items())]
 
     def json(self) -> dict[str, Any]:
         """Everything in the tables; what is not finite is null."""
-        return {"task": TASK, "sections": [_section_json(one) for one in self.sections], "unplaced": {**self.unplaced}}
+        return {"task": TASK, "sections": [_section_json(one) for one in self.sections], "notes": self.notes()}
 
 
 def leaderboard(paths: Sequence[str | Path]) -> Leaderboard:
@@ -136,7 +141,7 @@ def ranked(found: Found) -> Leaderboard:
     for one in found.scored:
         texts.setdefault(_text(one, found.scored), []).append(one)
     sections = [Section(*text, _ranked(_told_apart(_over_seeds(of_text)))) for text, of_text in texts.items()]
-    return Leaderboard(sections, found.unplaced)
+    return Leaderboard(sections, found.remarks, found.unplaced)
 
 
 def _text(one: Scored, every: Sequence[Scored]) -> tuple[str | None, int, bool]:
@@ -162,7 +167,8 @@ def _over_seeds(scored: Sequence[Scored]) -> list[Row]:
             # of the same seed, a model that was trained otherwise differs in more than the seed
             same = group[0].alike == one.alike and group[0].exact == one.exact
             if same and all(other.seed != one.seed or other.trained == one.trained for other in group):
-                group.append(one)
+                if all(other.measured != one.measured for other in group):  # scored again by the same noise
+                    group.append(one)
                 break
         else:
             groups.append([one])
@@ -218,8 +224,9 @@ def _told_apart(rows: Sequence[Row]) -> list[Row]:
         differing = sorted(key for key in keys if len({_shown(row.settings.get(key)) for row in alike}) > 1)
         for row in alike if len(alike) > 1 else ():
             said = [f"{k.partition('.')[2] or k}={_shown(row.settings[k])}" for k in differing if k in row.settings]
-            longer = f"{name} ({', '.join(said) or row.model or 'another'})"
-            same = sum(other.startswith(longer) for other in told.values())
+            more = ", ".join(said) or row.model
+            longer = f"{name} ({more})" if more else name
+            same = sum(other == longer for other in told.values())
             told[id(row)] = f"{longer} no. {same + 1}" if same else longer
     return [replace(row, name=told.get(id(row), row.name)) for row in rows]
 

@@ -24,7 +24,7 @@ NEEDED = (
 )  # fmt: skip
 OPTIONAL = (
     "parameters", "trained_parameters", "training_tokens", "training_flops", "training_seconds", "iw_samples",
-    "kl_per_sequence", "active_units", "latent_units", "distinct_2", "diversity_self_bleu",
+    "seconds", "kl_per_sequence", "active_units", "latent_units", "distinct_2", "diversity_self_bleu",
 )  # fmt: skip
 #: of the tasks that write texts, as (task, figure)
 WRITTEN = tuple(
@@ -32,6 +32,8 @@ WRITTEN = tuple(
     for task in ("completions", "samples")
     for figure in ("mauve", "generative_perplexity", "generative_bits_per_byte", "distinct_2", "self_bleu")
 )
+# on which those figures depend, beside the model
+_WAYS = ("data", "scorer", "features", "prompts", "prompt_tokens", "new_tokens", "each", "number", "length")
 # of a model's folder, which are no figures and may be large
 _OTHERS = ("config.json", "history.json", "order.json", "trainer_state.json", "vocab.json", "added_tokens.json")
 _OTHER_KINDS = ("tokenizer", "generation_config", "special_tokens", "adapter_config", ".index.json")
@@ -73,9 +75,14 @@ class Scored:
 
     @property
     def measured(self) -> Hashable:
-        """Equal for the same figures, wherever they lie."""
+        """Equal where the same model was scored in the same way, be it once or again."""
         same = (*NEEDED, "iw_samples", "parameters", "training_tokens", "kl_per_sequence")
         return self.seed, self.exact, self.conditional, tuple(repr(self.figures.get(key)) for key in same)
+
+    @property
+    def written(self) -> Hashable:
+        """Equal for copies of the same figures in several files: what took as long to the last digit is one scoring."""
+        return self.measured, self.figures.get("seconds", self.alike)
 
 
 @dataclass
@@ -85,10 +92,12 @@ class Found:
     Args:
         scored: likelihoods, each once.
         unplaced: files of other tasks that no row has a column or a model for → why.
+        remarks: on figures of written texts that do not compare.
     """
 
     scored: list[Scored] = field(default_factory=list)
     unplaced: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 def read_runs(paths: Sequence[str | Path]) -> Found:
@@ -120,6 +129,12 @@ def read_runs(paths: Sequence[str | Path]) -> Found:
         )
     for source, document in others.items():
         found.unplaced |= _join(source, document, found.scored)
+    for task in dict(WRITTEN):
+        joined = [one for source, one in others.items() if one["task"] == task and source not in found.unplaced]
+        if differing := [key for key in _WAYS if len({repr(one.get(key)) for one in joined}) > 1]:
+            found.remarks.append(
+                f"{task}: not all were measured alike ({', '.join(differing)}), and those figures do not compare."
+            )
     return found
 
 
@@ -341,17 +356,17 @@ def _printable(text: str) -> str:
 
 def _once(scored: Sequence[Scored]) -> list[Scored]:
     """Each scoring once, under its sweep's name where it has one; what other files know of it is not lost."""
-    kept: dict[Hashable, Scored] = {}
-    for one in sorted(scored, key=lambda one: one.model is not None):
-        first = kept.setdefault(one.measured, one)
-        if first is not one:
-            kept[one.measured] = replace(
-                first,
-                model=first.model or one.model,
-                data=first.data or one.data,
-                figures={**one.figures, **first.figures},
-            )
-    return list(kept.values())
+    kept: dict[Hashable, Scored] = {one.written: one for one in reversed(scored) if one.model is not None}
+    kept |= {one.written: one for one in reversed(scored) if one.model is None}
+    for one in scored:
+        first = kept[one.written]
+        kept[one.written] = replace(
+            first,
+            model=first.model or one.model,
+            data=first.data or one.data,
+            figures={**one.figures, **first.figures},
+        )
+    return list({one.written: kept[one.written] for one in scored}.values())
 
 
 def _join(source: str, document: Mapping[str, Any], scored: list[Scored]) -> dict[str, str]:
@@ -364,7 +379,7 @@ def _join(source: str, document: Mapping[str, Any], scored: list[Scored]) -> dic
         if of_task == task and rows.get(figure) is not None
     }
     if not measured:
-        return {source: f"no column is of {_printable(task)}"}
+        return {source: f"no column is of {_printable(task)} as it is there"}
     places = [place for place, one in enumerate(scored) if one.model == model]
     for place in places:
         scored[place] = replace(scored[place], figures={**measured, **scored[place].figures})

@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ Cell = Callable[[Row], str]
 
 NOTHING = "–"
 LEGEND = (
-    "= is the likelihood itself (an exact model); ≤ is an upper bound on the negative log-likelihood, in expectation: by "
-    "the ELBO, or by IW with K importance samples. What the model itself would have is at or below it.",
+    "= is the likelihood itself (an exact model); ≤ is an upper bound on the negative log-likelihood, in expectation: "
+    "by the ELBO, or by IW with K importance samples. What the model itself would have is at or below it.",
     "Rank is by bits per byte by IW, which compares models of any tokenizer on one text; lower is better. The control, "
     "the best exact model, stands first whatever its rank, as the line to beat. Δ is the model's figure less the "
     "control's: below 0 is better. A model that beats the control by IW only does so as far as K samples show; of one "
@@ -32,8 +33,9 @@ LEGEND = (
 _MOST_PANELS = 100
 _NAMES = ("model", "family", "beats the control")
 _COSTS = (("training_flops", "training FLOPs"), ("training_tokens", "training tokens"), ("rank", "rank"))
-# factor between the least and the largest cost from which an axis is logarithmic
-_WIDE = 5
+# factors between the least and the largest cost: below it they are one, above it the axis is logarithmic
+_SAME, _WIDE = 1.01, 5
+_TICKS = 20
 
 
 def save(board: Leaderboard, folder: str | Path) -> list[Path]:
@@ -60,7 +62,7 @@ def tables(board: Leaderboard) -> list[Table]:
         # Text, since a name may have brackets, which a string's markup would eat
         table = Table(title=Text(section.title), title_justify="left")
         for place, head in enumerate(heads):
-            table.add_column(head, justify="left" if place in names else "right")
+            table.add_column(head, justify="left" if place in names else "right", overflow="fold")
         for row, line in zip(section.rows, lines, strict=True):
             table.add_row(*map(Text, line), style="bold" if row.is_control else None)
         made.append(table)
@@ -74,7 +76,7 @@ def markdown(board: Leaderboard) -> str:
         heads, lines, names = grid(section)
         parts += [f"## {markdown_text(section.title)}", markdown_table(heads, lines, names)]
         parts += map(markdown_text, section.remarks())
-    parts += [f"Not shown: {markdown_text(line)}" for line in unplaced(board)]
+    parts += map(markdown_text, board.notes())
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,13 +88,8 @@ def page(board: Leaderboard, picture: bytes) -> str:
         parts.append(f"<h2>{html.escape(section.title)}</h2>{html_table(*grid(section), marked)}")
         parts += [f"<p>{html.escape(line)}</p>" for line in section.remarks()]
     parts.append(f"<h2>Bits per byte and what the training cost</h2>{html_picture(picture, 'bits per byte')}")
-    parts += [f'<p class="skipped">Not shown: {html.escape(line)}</p>' for line in unplaced(board)]
+    parts += [f"<p>{html.escape(line)}</p>" for line in board.notes()]
     return html_page("Leaderboard", "".join(parts), width=1500)
-
-
-def unplaced(board: Leaderboard) -> list[str]:
-    """A sentence for each file that is in no row."""
-    return [f"{source}: {why}." for source, why in board.unplaced.items()]
 
 
 def grid(section: Section) -> tuple[list[str], list[list[str]], list[int]]:
@@ -113,6 +110,11 @@ def _figure(key: str, form: str, bound: bool = False) -> Cell:
         return f"{'=' if row.exact else '≤'} {text}" if bound else text
 
     return cell
+
+
+def _trained(row: Row) -> str:
+    same = row.figures.get("trained_parameters") == row.figures.get("parameters")
+    return NOTHING if same else _figure("trained_parameters", ",.0f")(row)
 
 
 def _of_latents(key: str, form: str) -> Cell:
@@ -164,7 +166,7 @@ _COLUMNS: Sequence[tuple[str, Cell]] = (
     ("model", lambda row: row.name),
     ("family", lambda row: row.family + (" (control)" if row.is_control else "")),
     ("parameters", _figure("parameters", ",.0f")),
-    ("of which train", _figure("trained_parameters", ",.0f")),
+    ("of which train", _trained),
     ("training tokens", _figure("training_tokens", ",.0f")),
     ("training FLOPs", _figure("training_flops", ".2e")),
     ("NLL by ELBO, nats/token", _figure("elbo_nll_per_token", ".4f", bound=True)),
@@ -218,23 +220,30 @@ def _panel(panel: Any, section: Section) -> None:
     rows = [row for row in section.rows if row.rank is not None]
     key, label = next((key, label) for key, label in _COSTS if all(_cost(row, key) for row in rows))
     costs = [_cost(row, key) for row in rows]
+    if rows and key != "rank" and max(costs) < _SAME * min(costs):  # they would stand upon one another
+        key, label = "rank", f"rank (each row: {costs[0]:.3g} {label})"
+        costs = [_cost(row, key) for row in rows]
     for place, (row, cost) in enumerate(zip(rows, costs, strict=True)):
-        look = {"color": f"C{place % 10}", "capsize": 3, "markersize": 9 if row.exact else 6}
-        name = f"{row.rank} {row.name if len(row.name) < 60 else row.name[:59] + '…'}"
-        kind = "exact" if row.exact else "IW ●, ELBO ▽"
-        spread = row.spread.get(BITS_BY_IW) or None
-        panel.errorbar([cost], [row.bits], yerr=spread, fmt="*" if row.exact else "o", label=f"{name}: {kind}", **look)
+        look = {"color": f"C{place % 10}", "capsize": 3, "linewidth": 1, "markersize": 9 if row.exact else 6}
+        name = textwrap.fill(f"{row.rank} {row.name}", 58, max_lines=3, placeholder=" …")
+        mark = "*" if row.exact else "o"
+        panel.errorbar([cost], [row.bits], yerr=row.spread.get(BITS_BY_IW) or None, fmt=mark, label=name, **look)
         bound = row.figures[BITS_BY_ELBO]
         if not row.exact and math.isfinite(bound):
-            panel.plot([cost, cost], [row.bits, bound], color=look["color"], linewidth=1)
-            spread = row.spread.get(BITS_BY_ELBO) or None
-            panel.errorbar([cost], [bound], yerr=spread, fmt="v", mfc="white", **look)
+            panel.plot([cost, cost], [row.bits, bound], color=look["color"], linewidth=5, alpha=0.25)
+            panel.errorbar([cost], [bound], yerr=row.spread.get(BITS_BY_ELBO) or None, fmt="v", mfc="white", **look)
         panel.annotate(str(row.rank), (cost, row.bits), xytext=(7, -3), textcoords="offset points", fontsize=9)
     if section.control is not None:
         panel.axhline(section.control.bits, color="0.4", linestyle="--", linewidth=1, label="control, the line to beat")
-    if costs and max(costs) > _WIDE * min(costs) and key != "rank":
+    for mark, kind in (("*", "exact"), ("o", "IW"), ("v", "ELBO")):
+        if any(row.exact == (kind == "exact") for row in rows):
+            panel.plot([], [], mark, color="0.4", mfc="white" if mark == "v" else "0.4", label=kind)
+    if key == "rank":
+        panel.set_xticks([row.rank for row in rows] if len(rows) <= _TICKS else [1, len(rows)])
+    elif costs and max(costs) > _WIDE * min(costs):
         panel.set_xscale("log")
     panel.set(xlabel=label, ylabel="bits per byte", title=section.title)
+    panel.margins(x=0.1)
     panel.grid(alpha=0.25)
     if rows:
         panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
