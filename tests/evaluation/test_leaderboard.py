@@ -184,6 +184,13 @@ def test_scored_again_by_the_same_noise_counts_once(board):
     assert (row.seeds, row.noises) == (1, 1)
 
 
+def test_a_recipe_trained_twice_by_one_seed_is_no_second_seed(write, tmp_path):
+    for place in (0, 1):
+        write(f"m{place}/recipe.yaml", "training: {seed: 3}")
+        write(f"f{place}.json", scored(1.9 + place, model=str(tmp_path / f"m{place}"), training_seconds=5.0 + place))
+    assert [(row.seeds, row.noises) for row in rows(leaderboard([tmp_path]))] == [(1, 1), (1, 1)]
+
+
 def test_other_models_of_the_same_figures_are_other_rows(board):
     """Such as two that ignore their latents, or figures that were rounded by hand."""
     assert len(rows(board(scored(1.9, model="a"), scored(1.9, model="b")))) == 2
@@ -445,6 +452,27 @@ def test_a_folder_without_figures_and_a_file_that_is_missing(write, tmp_path):
         leaderboard([tmp_path])
     with pytest.raises(InputError, match=r"missing\.json cannot be read"):
         leaderboard([tmp_path / "missing.json"])
+
+
+def test_a_file_that_is_no_evaluation_is_told_by_its_name_even_where_its_folder_is_read(write, tmp_path):
+    write("good.json", scored(2.0))
+    other = write("other.json", {"a": 1})
+    assert leaderboard([tmp_path]).sections
+    for paths in ([tmp_path, other], [other, tmp_path]):
+        with pytest.raises(InputError, match=r"other\.json is no evaluation"):
+            leaderboard(paths)
+
+
+def test_scores_of_a_run_that_are_none(write, tmp_path):
+    write("run/scores.json", {"[{}, {}]": {"exact": True}})
+    with pytest.raises(InputError, match=r"scores\.json is no scores"):
+        leaderboard([tmp_path])
+
+
+def test_a_link_to_itself(tmp_path):
+    (tmp_path / "loop.json").symlink_to(tmp_path / "loop.json")
+    with pytest.raises(InputError, match=r"loop\.json cannot be read"):
+        leaderboard([tmp_path / "loop.json"])
 
 
 def test_a_number_that_no_float_holds(board):

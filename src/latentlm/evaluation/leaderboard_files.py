@@ -16,6 +16,7 @@ from latentlm.errors import InputError, shown
 from latentlm.files import reason_of
 
 TASK = "leaderboard"
+_ROUNDED = 8  # digits
 _SCORES_FILE = "scores.json"
 _ADVICE = "delete it, or name other files"
 #: figures without which there is no row
@@ -108,19 +109,22 @@ def read_runs(paths: Sequence[str | Path]) -> Found:
     """
     scored: list[Scored] = []
     others: dict[str, Mapping[str, Any]] = {}
-    read: set[Path] = set()
+    taken: dict[str, bool] = {}  # of each file that was read, whether it is an evaluation
+
+    def take(file: Path) -> bool:
+        place = os.path.realpath(file)
+        if place not in taken:
+            taken[place] = _take(file, scored, others)
+        return taken[place]
+
     for path in map(Path, paths):
-        if not path.is_dir():
-            if path.resolve() not in read and not _take(path, scored, others):
-                raise InputError(f"{path} is no evaluation (--json of latentlm evaluate or sweep): {_ADVICE}.")
-            read.add(path.resolve())
-            continue
-        any_here = False
-        for file in _files_of(path):
-            any_here |= file.resolve() in read or _take(file, scored, others)
-            read.add(file.resolve())
-        if not any_here:
-            raise InputError(f"{path} holds no figures: write some into it with latentlm evaluate MODEL --json FILE.")
+        if path.is_dir():
+            if not any([take(file) for file in _files_of(path)]):
+                raise InputError(
+                    f"{path} holds no figures: write some into it with latentlm evaluate MODEL --json FILE."
+                )
+        elif not take(path):
+            raise InputError(f"{path} is no evaluation (--json of latentlm evaluate or sweep): {_ADVICE}.")
     found = Found(_once(scored))
     if not found.scored:
         raise InputError(
@@ -141,7 +145,7 @@ def read_runs(paths: Sequence[str | Path]) -> Found:
 def _files_of(folder: Path) -> Iterator[Path]:
     """Every file below a folder that may hold figures, in the order of the names; checkpoints are left out."""
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
         if os.path.realpath(place) in seen:  # a link to a folder above would have no end
             folders.clear()
             continue
@@ -153,6 +157,10 @@ def _files_of(folder: Path) -> Iterator[Path]:
                 yield Path(place) / name
 
 
+def _raise(error: OSError) -> None:
+    raise InputError(f"{error.filename} cannot be read: {reason_of(error)}.") from error
+
+
 def _take(file: Path, scored: list[Scored], others: dict[str, Mapping[str, Any]]) -> bool:
     """Whether the file holds evaluations, which then stand in `scored` or `others`."""
     try:
@@ -162,7 +170,9 @@ def _take(file: Path, scored: list[Scored], others: dict[str, Mapping[str, Any]]
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged, and no JSON: {_ADVICE}.") from error
     source = str(file)
-    if file.name == _SCORES_FILE and isinstance(content, dict) and all(map(_is_likelihood, content.values())):
+    if file.name == _SCORES_FILE:
+        if not isinstance(content, dict) or not all(map(_is_likelihood, content.values())):
+            raise InputError(f"{file} is no scores of a sweep's run: {_ADVICE}.")
         for key, figures in content.items():
             scored.append(_of_run_folder(file, key, figures))
         return bool(content)
@@ -266,8 +276,9 @@ def _scored(
     data = told.get("data")
     if not (data is None or isinstance(data, str)):
         raise InputError(f"{source}: data must be a name, not {shown(data)}: {_ADVICE}.")
-    # the noise of a scoring changes neither how long a training took nor what an exact model gives
-    unknown = (figures.get("training_seconds"), figures["iw_nll_per_token"] if exact else None)
+    # the noise of a scoring changes neither how long a training took nor what an exact model gives, but for rounding
+    nll = round(figures["iw_nll_per_token"], _ROUNDED) if exact else None
+    trained = (seed if training else None, figures.get("training_seconds"), nll)
     return Scored(
         source=source,
         name=_printable(name),
@@ -277,7 +288,7 @@ def _scored(
         exact=exact,
         conditional=conditional,
         seed=seed,
-        trained=seed if training else unknown,
+        trained=trained,
         seed_is_of_training=training,
         alike=json.dumps(alike, sort_keys=True, default=str),
         settings=settings,

@@ -88,6 +88,8 @@ def page(board: Leaderboard, picture: bytes) -> str:
         parts.append(f"<h2>{html.escape(section.title)}</h2>{html_table(*grid(section), marked)}")
         parts += [f"<p>{html.escape(line)}</p>" for line in section.remarks()]
     parts.append(f"<h2>Bits per byte and what the training cost</h2>{html_picture(picture, 'bits per byte')}")
+    if len(board.sections) > _MOST_PANELS:
+        parts.append(f"<p>The picture shows the first {_MOST_PANELS} of {len(board.sections)} sections.</p>")
     parts += [f"<p>{html.escape(line)}</p>" for line in board.notes()]
     return html_page("Leaderboard", "".join(parts), width=1500)
 
