@@ -213,7 +213,7 @@ def leaderboard(
     console = terminal()
     board = run(runs)
     written = save(board, output)
-    for section, table in zip(board.sections, tables(board), strict=True):
+    for section, table in zip(board.sections, tables(board, console.width), strict=True):
         console.print(table)
         for remark in section.remarks():
             console.print(remark, markup=False, highlight=False, soft_wrap=True)
@@ -221,7 +221,7 @@ def leaderboard(
         console.print(note, markup=False, highlight=False, soft_wrap=True)
     write_json(json_file, board.json())
     names = ", ".join(path.name for path in written)
-    console.print(f"left in {output}: {names}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"all columns are in {output}: {names}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

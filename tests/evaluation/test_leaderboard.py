@@ -143,6 +143,22 @@ def test_the_noise_of_scoring_is_no_seed_of_training(board):
     assert any("1 seed:" in remark for remark in made.sections[0].remarks())
 
 
+def test_seeds_of_noise_do_not_pair(board):
+    """Without a recipe it is not known which training of the one goes with which of the other."""
+
+    def three(nll, **others):
+        return [scored(nll + s / 10, seed=s, training_seconds=5.0 + s, **others) for s in range(3)]
+
+    made = board(*three(1.9, model="a"), *three(2.0, model="c", exact=True))
+    assert [(row.seeds, row.noises) for row in rows(made)] == [(3, 1), (3, 1)]
+    assert rows(made)[1].against.paired is None
+
+
+def test_a_bound_is_never_averaged_with_a_likelihood(board):
+    two = [scored(2.0, model="a", exact=True, seed=0), scored(1.9, model="a", iw_samples=1, seed=1)]
+    assert [row.exact for row in rows(board(*two))] == [True, False]
+
+
 def test_models_trained_by_one_recipe_are_seeds_of_one_row(write, tmp_path):
     """evaluate --json of runs/ltm-seed0 and so on, whose recipes lie beside the models."""
     for seed, nll in OWN.items():
@@ -249,7 +265,7 @@ def test_the_best_exact_model_is_the_control_and_stands_first(board):
     )
     assert [(row.name, row.rank) for row in rows(made)] == [("control", 2), ("best", 1), ("behind", 3), ("worse", 4)]
     assert [row.is_control for row in rows(made)] == [True, False, False, False]
-    assert cells(made, "beats the control") == ["–", "by ELBO", "no", "no"]
+    assert cells(made, "beats the control") == ["is the control", "by ELBO", "no", "no"]
 
 
 @pytest.mark.parametrize(
@@ -508,6 +524,19 @@ def test_a_name_is_shown_as_it_is(board, name):
     assert plot(made).axes
 
 
+@pytest.mark.parametrize(("width", "most", "kept"), [(250, 18, 17), (120, 10, 6), (60, 5, 4)])
+def test_a_narrow_terminal_has_fewer_columns_and_whole_figures(board, width, most, kept):
+    made = board([{**row, "training_seconds": 5.0, "training_tokens": 900} for row in sweep_of_three()])
+    [table] = tables(made, width)
+    heads = [str(column.header) for column in table.columns]
+    assert kept <= len(heads) <= most
+    assert {"rank", "model", "bits/byte by IW", "beats the control"} <= set(heads)
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    text = console.file.getvalue()
+    assert "…" not in text and cells(made, "bits/byte by IW")[1] in text and "by ELBO" in text
+
+
 def test_markdown_is_read_as_the_name(board):
     """What CommonMark makes of the escapes, by hand."""
     made = board([of_sweep("a_b _c_ <d> [e] *f* | g", 0, 2.0)])
@@ -587,7 +616,12 @@ def test_the_command(command, write, tmp_path):
     write("other.json", scored(1.5, model="runs/[a]", num_bytes=77))
     status, out, err = command("leaderboard", "sweep.json", "other.json", "--json", "board.json")
     assert (status, err) == (0, "")
-    assert "ltm" in out and "[a]" in out and "by ELBO" in out and "left in runs/leaderboard: leaderboard.md" in out
+    assert (
+        "ltm" in out
+        and "[a]" in out
+        and "by ELBO" in out
+        and "all columns are in runs/leaderboard: leaderboard.md" in out
+    )
     assert {path.name for path in (tmp_path / "runs/leaderboard").iterdir()} == {
         f"leaderboard.{kind}" for kind in ("md", "html", "png")
     }

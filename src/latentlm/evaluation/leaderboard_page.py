@@ -33,9 +33,16 @@ LEGEND = (
 _MOST_PANELS = 100
 _NAMES = ("model", "family", "beats the control")
 _COSTS = (("training_flops", "training FLOPs"), ("training_tokens", "training tokens"), ("rank", "rank"))
+# where a terminal has no room for all columns; the others it cannot do without
+_LEFT_OUT_FIRST = (
+    "bits/byte by ELBO", "of which train", "training s", "training FLOPs", "training tokens", "K", "active units",
+    "KL, nats/seq.", "parameters", "family", "Δ perplexity", "seeds", "NLL by ELBO, nats/token", "p (seeds)",
+    "NLL by IW, nats/token", "Δ bits/byte",
+)  # fmt: skip
 # factors between the least and the largest cost: below it they are one, above it the axis is logarithmic
 _SAME, _WIDE = 1.01, 5
 _TICKS = 20
+_NAME_WIDTH = 26
 
 
 def save(board: Leaderboard, folder: str | Path) -> list[Path]:
@@ -54,19 +61,37 @@ def save(board: Leaderboard, folder: str | Path) -> list[Path]:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def tables(board: Leaderboard) -> list[Table]:
-    """One for each section, in the terminal; the control's row is bold."""
+def tables(board: Leaderboard, width: int = 250) -> list[Table]:
+    """One for each section, in the terminal; the control's row is bold.
+
+    Args:
+        width: letters in a line: columns for which there is no room are left out, those that say least first.
+    """
     made = []
     for section in board.sections:
         heads, lines, names = grid(section)
+        widths = [max(_width(head), *map(len, cells)) for head, *cells in zip(heads, *lines, strict=True)]
+        widths = [min(w, _NAME_WIDTH) if head == "model" else w for w, head in zip(widths, heads, strict=True)]
+        shown = list(range(len(heads)))
+        for head in _LEFT_OUT_FIRST:
+            if head in heads and sum(widths[place] + 3 for place in shown) + 1 > width:
+                shown.remove(heads.index(head))
         # Text, since a name may have brackets, which a string's markup would eat
         table = Table(title=Text(section.title), title_justify="left")
-        for place, head in enumerate(heads):
-            table.add_column(head, justify="left" if place in names else "right", overflow="fold")
+        for place in shown:
+            head = heads[place].replace(", ", ",\n")
+            if place in names:
+                table.add_column(head, overflow="fold", min_width=widths[place])
+            else:
+                table.add_column(head, justify="right", overflow="fold")
         for row, line in zip(section.rows, lines, strict=True):
-            table.add_row(*map(Text, line), style="bold" if row.is_control else None)
+            table.add_row(*(Text(line[place]) for place in shown), style="bold" if row.is_control else None)
         made.append(table)
     return made
+
+
+def _width(head: str) -> int:
+    return max(map(len, head.split(", ")))
 
 
 def markdown(board: Leaderboard) -> str:
@@ -141,6 +166,12 @@ def _perplexity(row: Row) -> str:
     return NOTHING if change is None or not math.isfinite(change) else f"{100 * change:+.2f}%"
 
 
+def _beats(row: Row) -> str:
+    if row.against is None:
+        return "is the control" if row.is_control else NOTHING
+    return row.against.beats
+
+
 def _p(row: Row) -> str:
     test = None if row.against is None else row.against.paired
     if test is None:
@@ -166,7 +197,7 @@ def _written_columns() -> list[tuple[str, Cell]]:
 _COLUMNS: Sequence[tuple[str, Cell]] = (
     ("rank", lambda row: NOTHING if row.rank is None else str(row.rank)),
     ("model", lambda row: row.name),
-    ("family", lambda row: row.family + (" (control)" if row.is_control else "")),
+    ("family", lambda row: row.family),
     ("parameters", _figure("parameters", ",.0f")),
     ("of which train", _trained),
     ("training tokens", _figure("training_tokens", ",.0f")),
@@ -178,7 +209,7 @@ _COLUMNS: Sequence[tuple[str, Cell]] = (
     ("bits/byte by IW", _figure(BITS_BY_IW, ".4f", bound=True)),
     ("Δ bits/byte", _difference),
     ("Δ perplexity", _perplexity),
-    ("beats the control", lambda row: NOTHING if row.against is None else row.against.beats),
+    ("beats the control", _beats),
     ("p (seeds)", _p),
     ("KL, nats/seq.", _of_latents("kl_per_sequence", ".2f")),
     ("active units", _active_units),
