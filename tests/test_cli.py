@@ -15,7 +15,7 @@ from tests.training.runs import unchecked
 
 from latentlm import cli
 
-VERBS = ("quickstart", "train", "sweep", "evaluate", "generate", "encode", "push")
+VERBS = ("quickstart", "train", "sweep", "evaluate", "leaderboard", "generate", "encode", "push")
 
 
 @pytest.fixture(autouse=True)

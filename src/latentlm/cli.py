@@ -191,6 +191,38 @@ def sweep(
 
 
 @app.command()
+def leaderboard(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUNS...", help="Files of evaluate --json and sweep --json; folders of them, and of sweeps."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for leaderboard.md, .html and .png.")] = Path("runs/leaderboard"),
+    json_file: JsonFile = None,
+) -> None:
+    """Rank models by what was measured of them, beside the best exact control: one table, one page, one plot.
+
+    Example: latentlm leaderboard runs/ltm-inference figures.json --output runs/leaderboard
+    """
+    from latentlm.evaluation.leaderboard import leaderboard as run
+    from latentlm.evaluation.leaderboard_page import save, tables
+
+    console = terminal()
+    board = run(runs)
+    written = save(board, output)
+    for section, table in zip(board.sections, tables(board, console.width), strict=True):
+        console.print(table)
+        for remark in section.remarks():
+            console.print(remark, markup=False, highlight=False, soft_wrap=True)
+    for note in board.notes():
+        console.print(note, markup=False, highlight=False, soft_wrap=True)
+    write_json(json_file, board.json())
+    names = ", ".join(path.name for path in written)
+    console.print(f"all columns are in {output}: {names}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def generate(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; may be given several times.")] = None,

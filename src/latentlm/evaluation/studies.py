@@ -8,6 +8,9 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from latentlm.evaluation.comparison import with_spread
+from latentlm.pages import markdown_table
+
 Row = Mapping[str, Any]
 
 # column, figure, form; a figure of an exact model stands under the same name and is marked
@@ -74,9 +77,7 @@ def study_table(name: str, rows: Sequence[Row]) -> Table:
 def study_markdown(name: str, rows: Sequence[Row]) -> str:
     """As `study_table`, for a document."""
     names, heads, lines = _grid(rows)
-    rule = ["---" if place < names else "---:" for place in range(len(heads))]
-    escaped = [[cell.replace("|", "\\|") for cell in line] for line in (heads, rule, *lines)]
-    return "\n".join([f"### {_title(name, rows)}", "", *(f"| {' | '.join(line)} |" for line in escaped), ""])
+    return "\n".join([f"### {_title(name, rows)}", "", markdown_table(heads, lines, range(names)), ""])
 
 
 def _title(name: str, rows: Sequence[Row]) -> str:
@@ -98,11 +99,8 @@ def _grid(rows: Sequence[Row]) -> tuple[int, list[str], list[list[str]]]:
 def _cell(row: Row, key: str, form: str) -> str:
     if row.get(key) is None or (row["exact"] and key in _OF_LATENTS):
         return "–"
-    text = format(row[key], form)
-    if row["exact"] and key.startswith(("elbo_", "iw_")):
-        text = f"= {text}"
-    spread = row["spread"].get(key, 0.0)
-    return f"{text} ± {format(spread, form)}" if spread else text
+    text = with_spread(row[key], row["spread"].get(key, 0.0), form)
+    return f"= {text}" if row["exact"] and key.startswith(("elbo_", "iw_")) else text
 
 
 def study_plots(studies: Mapping[str, tuple[Sequence[Row], Mapping[str, Any] | None]], path: Path) -> None:

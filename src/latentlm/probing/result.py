@@ -1,8 +1,6 @@
 """What a probe found: tables, a picture, and what a reader has to know to believe them."""
 
-import base64
 import html
-import io
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from jaxtyping import Float
 
 from latentlm.errors import InputError
 from latentlm.files import make_folder, whole_file
+from latentlm.pages import NO_FORMULAE, html_picture, png
 
 Draw = Callable[[Any], None]
 _COLOURS = (
@@ -27,9 +26,6 @@ _COLOURS = (
 MOST_GROUPS = len(_COLOURS)
 _OTHER = "#d0d0d0"
 _ROWS_SHOWN = 40
-_DPI = 110
-# dollar signs in texts and names are dollar signs
-_NO_FORMULAE: Any = {"text.parse_math": False}
 _SIDE, _MARGIN = 420, 12  # of a scatter in a page, in pixels
 
 
@@ -121,7 +117,7 @@ class ProbeResult:
         rows = -(-len(draws) // columns)
         figure = Figure(figsize=(6.4 * columns, 4.4 * rows), layout="constrained")
         FigureCanvasAgg(figure)
-        with rc_context(_NO_FORMULAE):
+        with rc_context(NO_FORMULAE):
             panels = list(figure.subplots(rows, columns, squeeze=False).flat)
             for panel, draw in zip(panels, draws, strict=False):
                 draw(panel)
@@ -142,7 +138,7 @@ class ProbeResult:
         for name, rows in self.details.items():
             written.append(self._write(folder, f"-{name.replace(' ', '-')}.csv", rows.to_csv(index=False)))
         if self.panels or self.scatters:
-            picture = _png(self.figure()) if self.scatters else self._picture_of_panels
+            picture = png(self.figure()) if self.scatters else self._picture_of_panels
             written.append(self._write(folder, ".png", picture))
         written.append(self._write(folder, ".html", page(self.name, [self])))
         return written
@@ -165,15 +161,14 @@ class ProbeResult:
     @cached_property
     def _picture_of_panels(self) -> bytes:
         """Drawn once for its file, its page and a report."""
-        return _png(replace(self, scatters=()).figure())
+        return png(replace(self, scatters=()).figure())
 
     def html(self) -> str:
         """A section of a page: text, tables and pictures, all in it."""
         parts = [f'<section id="{html.escape(self.name)}"><h2>{html.escape(self.name)}</h2>']
         parts.append(f"<p>{html.escape(self.about)}</p>{_html_table(self.table)}")
         if self.panels:
-            encoded = base64.b64encode(self._picture_of_panels).decode()
-            parts.append(f'<img alt="{html.escape(self.name)}" src="data:image/png;base64,{encoded}">')
+            parts.append(html_picture(self._picture_of_panels, self.name))
         parts += [scatter.svg() for scatter in self.scatters]
         for name, rows in self.details.items():
             more = f" (the first {_ROWS_SHOWN} of {len(rows):,} rows)" if len(rows) > _ROWS_SHOWN else ""
@@ -187,12 +182,3 @@ def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _html_table(table: pd.DataFrame) -> str:
     return table.head(_ROWS_SHOWN).to_html(index=False, border=0, na_rep="–", float_format=lambda x: f"{x:.4g}")
-
-
-def _png(figure: Any) -> bytes:
-    from matplotlib import rc_context
-
-    content = io.BytesIO()
-    with rc_context(_NO_FORMULAE):
-        figure.savefig(content, dpi=_DPI, format="png")
-    return content.getvalue()

@@ -25,7 +25,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -46,6 +45,7 @@ from transformers.utils import logging as transformers_logging
 from latentlm.data.corpora import source_fingerprint
 from latentlm.data.recipe import evaluation_sequences
 from latentlm.errors import InputError, one_sentence
+from latentlm.evaluation.comparison import averaged
 from latentlm.evaluation.measure import Scoring, measure
 from latentlm.evaluation.studies import FIGURES
 from latentlm.files import write_whole
@@ -428,13 +428,10 @@ def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         groups.setdefault((row["study"], row["run"], row["evaluation"]), []).append(row)
     merged = []
     for group in groups.values():
-        row = {**group[0], "seeds": len(group), "spread": {}}
+        means, spread = averaged(group)
+        row = {**group[0], **means, "seeds": len(group), "spread": spread}
         for key, value in group[0].items():
-            values = [one[key] for one in group]
-            if isinstance(value, float | int) and not isinstance(value, bool) and None not in values:
-                row[key] = statistics.fmean(values)
-                row["spread"][key] = statistics.stdev(values) if len(values) > 1 else 0.0
-            elif isinstance(value, list) and len(group) > 1:
+            if isinstance(value, list) and len(group) > 1:
                 del row[key]  # dimension d of one seed's latent is not that of another's
         merged.append(row)
     return merged
