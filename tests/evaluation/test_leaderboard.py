@@ -186,12 +186,12 @@ def test_a_sweep_s_json_beside_its_folder_counts_once_under_its_names(write, tmp
     of_sweep_file = [{**row, "seconds": 1.5 + place} for place, row in enumerate(sweep_of_three())]
     write("sweep.json", of_sweep_file)
     for place, row in enumerate(of_sweep_file):
-        figures = {key: row[key] for key in (*scored(), "seconds")}
+        figures = {key: row[key] for key in (*scored(), "seconds")} | {"training_flops": 1e9}
         write(f"run{place}/recipe.yaml", f"model:\n  family: ltm\ntraining:\n  seed: {row['seed']}\n")
         write(f"run{place}/scores.json", {'[{}, {"iw_samples": 16}]': figures})
     control, ltm = rows(leaderboard([tmp_path / f"run{place}" for place in range(6)] + [tmp_path / "sweep.json"]))
     assert (control.name, control.seeds, ltm.name, ltm.seeds) == ("ctl", 3, "ltm", 3)
-    assert ltm.model is not None  # of the folder
+    assert ltm.model is not None and ltm.figures["training_flops"] == 1e9  # of the folder
 
 
 def test_scored_again_by_the_same_noise_counts_once(board):
@@ -584,6 +584,11 @@ def test_the_picture_has_every_bound_and_the_control_s_line(board):
     level = [line for line in panel.lines if line.get_label() == "control, the line to beat"]
     assert len(level) == 1 and list(level[0].get_ydata()) == pytest.approx([2.05 * scale] * 2)
     assert panel.get_xlabel() == "training tokens" and panel.get_xscale() == "log"
+    low, high = panel.get_ylim()
+    deviation = statistics.stdev((2.0, 2.1))
+    assert low < (1.95 - deviation) * scale and (2.05 + deviation) * scale < high
+    left, right = panel.get_xlim()
+    assert left < 10 and 1000 < right
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,7 @@ def _printable(text: str) -> str:
 
 def _once(scored: Sequence[Scored]) -> list[Scored]:
     """Each scoring once, under its sweep's name where it has one; what other files know of it is not lost."""
-    kept: dict[Hashable, Scored] = {one.written: one for one in reversed(scored) if one.model is not None}
+    kept: dict[Hashable, Scored] = {one.written: one for one in reversed(scored)}
     kept |= {one.written: one for one in reversed(scored) if one.model is None}
     for one in scored:
         first = kept[one.written]

@@ -250,6 +250,8 @@ def _cost(row: Row, key: str) -> float:
 
 
 def _panel(panel: Any, section: Section) -> None:
+    from matplotlib.transforms import offset_copy
+
     rows = [row for row in section.rows if row.rank is not None]
     key, label = next((key, label) for key, label in _COSTS if all(_cost(row, key) for row in rows))
     costs = [_cost(row, key) for row in rows]
@@ -257,14 +259,18 @@ def _panel(panel: Any, section: Section) -> None:
         key, label = "rank", f"rank (each row: {costs[0]:.3g} {label})"
         costs = [_cost(row, key) for row in rows]
     for place, (row, cost) in enumerate(zip(rows, costs, strict=True)):
-        look = {"color": f"C{place % 10}", "capsize": 3, "linewidth": 1, "markersize": 9 if row.exact else 6}
+        look: dict[str, Any] = {"color": f"C{place % 10}", "linewidth": 1, "markersize": 9 if row.exact else 6}
         name = textwrap.fill(f"{row.rank} {row.name}", 58, max_lines=3, placeholder=" …")
-        mark = "*" if row.exact else "o"
-        panel.errorbar([cost], [row.bits], yerr=row.spread.get(BITS_BY_IW) or None, fmt=mark, label=name, **look)
-        bound = row.figures[BITS_BY_ELBO]
+        mark, spread = "*" if row.exact else "o", row.spread.get(BITS_BY_IW) or None
+        panel.errorbar([cost], [row.bits], yerr=spread, fmt=mark, label=name, capsize=3, **look)
+        bound, spread = row.figures[BITS_BY_ELBO], row.spread.get(BITS_BY_ELBO, 0.0)
         if not row.exact and math.isfinite(bound):
-            panel.plot([cost, cost], [row.bits, bound], color=look["color"], linewidth=5, alpha=0.25)
-            panel.errorbar([cost], [bound], yerr=row.spread.get(BITS_BY_ELBO) or None, fmt="v", mfc="white", **look)
+            # a little aside, or its deviation would lie upon that of IW
+            look["transform"] = offset_copy(panel.transData, panel.figure, x=-7, units="points")
+            panel.plot([cost, cost], [row.bits, bound], **{**look, "linewidth": 5}, alpha=0.25)
+            panel.errorbar([cost], [bound], yerr=spread or None, fmt="v", mfc="white", capsize=3, **look)
+            # what is drawn aside does not count for the axes' limits
+            panel.update_datalim([(cost, bound - spread), (cost, bound + spread)])
         panel.annotate(str(row.rank), (cost, row.bits), xytext=(7, -3), textcoords="offset points", fontsize=9)
     if section.control is not None:
         panel.axhline(section.control.bits, color="0.4", linestyle="--", linewidth=1, label="control, the line to beat")
@@ -277,6 +283,7 @@ def _panel(panel: Any, section: Section) -> None:
         panel.set_xscale("log")
     panel.set(xlabel=label, ylabel="bits per byte", title=section.title)
     panel.margins(x=0.1)
+    panel.autoscale_view()
     panel.grid(alpha=0.25)
     if rows:
         panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
