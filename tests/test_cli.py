@@ -216,9 +216,9 @@ def jobs_here(monkeypatch):
     """Jobs as threads of this process."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from latentlm.training import sweep
+    from latentlm.training import sweep_run
 
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(sweep_run, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
 
 
 @pytest.mark.usefixtures("jobs_here")
@@ -226,7 +226,7 @@ def test_sweep_shows_a_table_for_each_study_and_goes_on_where_it_was(latentlm, w
     command = ("--threads", "1", "sweep", "sweep.yaml", "training.max_steps=2", "--json", "rows.json")
     status, out, err = latentlm(*command)
     assert (status, err) == (0, "")
-    assert "2 models to train, 2 rows of figures, in runs/sweep" in out
+    assert "2 models to train, in runs/sweep" in out
     assert "steps (1 seed)" in out and "left in runs/sweep: studies.md, studies.png" in out
     assert "### steps (1 seed)" in (working_folder / "runs" / "sweep" / "studies.md").read_text()
     rows = json.loads((working_folder / "rows.json").read_text())

@@ -154,13 +154,14 @@ def sweep(
     from latentlm.evaluation.studies import study_curves, study_markdown, study_plots, study_table
     from latentlm.files import write_whole
     from latentlm.training.progress import counted
-    from latentlm.training.sweep import histories, load_sweep, over_seeds, run_sweep
+    from latentlm.training.sweep import load_sweep
+    from latentlm.training.sweep_run import histories, over_seeds, run_sweep
 
     console = terminal()
     checked = load_sweep(recipe, overrides or [])
     folder = output or Path("runs") / Path(recipe).stem
     failures: list[str] = []
-    console.print(f"{len(checked.runs)} models to train, {len(checked.trials)} rows of figures, in {folder}")
+    console.print(f"{checked.number_of_models} models to train, in {folder}")
     with counted(console, "sweeping") as on_progress:
         rows = run_sweep(
             checked,
@@ -170,7 +171,7 @@ def sweep(
             on_progress=on_progress,
             on_failure=failures.append,
         )
-    merged = over_seeds(rows)
+    merged = over_seeds(rows, {name: study.control for name, study in checked.studies.items()})
     every = {name: [row for row in merged if row["study"] == name] for name in checked.studies}
     shown = {name: of_study for name, of_study in every.items() if of_study}
     for name, of_study in shown.items():
@@ -182,7 +183,7 @@ def sweep(
         study_plots(plots, folder / "studies.png")
         study_curves(histories(checked, folder), folder / "curves.png")
     if failures:
-        raise InputError(f"{len(failures)} of {len(checked.runs)} runs failed; the first: {failures[0]}")
+        raise InputError(f"{len(failures)} of {checked.number_of_models} runs failed; the first: {failures[0]}")
     console.print(
         f"left in {folder}: studies.md, studies.png, curves.png, and a folder for each model",
         highlight=False,

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from latentlm.evaluation.comparison import Paired
 from latentlm.evaluation.studies import study_curves, study_markdown, study_plots, study_table
 
 FIGURES = {
@@ -211,3 +212,18 @@ def test_curves_of_many_runs_a_control_and_a_run_without_a_bound(tmp_path):
     runs |= {"control": logged(0.0), "samples": [{"step": 1, "nll_per_token": 2.0}], "nothing": []}
     study_curves({"one": runs, "other": {"nothing": []}}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_compared_with_a_control_say_by_how_much(tmp_path):
+    against = Paired(difference=-0.0345, standard_deviation=0.0021, p=0.00123, n=3)
+    rows = [
+        row("LTM", against=against),
+        row("one seed", against=Paired(0.01, None, None, 1)),
+        row("control", exact=True),
+    ]
+    text = study_markdown("s", rows)
+    head, _, first, second, control = [line.split(" | ")[-3:] for line in text.splitlines() if line.startswith("|")]
+    assert head == ["IW − control's", "perplexity", "p (seeds) |"]
+    assert first == ["-0.0345 ± 0.0021", "-3.4%", "0.0012 (3) |"]
+    assert second == ["+0.0100", "+1.0%", "– (1) |"]
+    assert control == ["–", "–", "– |"]

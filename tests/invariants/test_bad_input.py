@@ -93,9 +93,9 @@ def jobs_here(monkeypatch):
     """Jobs of a sweep as threads of this process."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from latentlm.training import sweep
+    from latentlm.training import sweep_run
 
-    monkeypatch.setattr(sweep, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(sweep_run, "ProcessPoolExecutor", lambda jobs, **_: ThreadPoolExecutor(jobs))
 
 
 @pytest.mark.usefixtures("jobs_here")

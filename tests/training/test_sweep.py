@@ -13,13 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_1samp
 from tests.toy import stand_ins
 from tests.training.runs import RECIPES
 
 from latentlm import InputError
 from latentlm.training import run as training_run
-from latentlm.training import sweep as sweep_module
-from latentlm.training.sweep import SCORES_FILE, load_sweep, over_seeds, run_sweep
+from latentlm.training import sweep_run as sweep_module
+from latentlm.training.sweep import load_sweep
+from latentlm.training.sweep_run import SCORES_FILE, over_seeds, run_sweep
 
 REPOSITORY = Path(__file__).parents[2]
 SHIPPED = sorted((REPOSITORY / "recipes" / "sweeps").glob("*.yaml"))
@@ -472,8 +474,16 @@ def test_an_override_that_no_recipe_takes(folder):
 # ---- over seeds ------------------------------------------------------------------------------------------------------
 
 
-def row(run="a", seed=0, evaluation="", **values):
-    return {"study": "s", "run": run, "evaluation": evaluation, "seed": seed, "settings": {"x": 1}, **values}
+def row(run="a", seed=0, evaluation="", line=None, **values):
+    return {
+        "study": "s",
+        "line": line or run,
+        "run": run,
+        "evaluation": evaluation,
+        "seed": seed,
+        "settings": {"x": 1},
+        **values,
+    }
 
 
 def test_seeds_become_mean_and_standard_deviation():
@@ -579,3 +589,102 @@ def test_ctrl_c_ends_the_jobs_too(folder):
             os.killpg(process.pid, 0)
             time.sleep(0.2)
     assert len(list((folder / "out").glob("*/"))) == 1  # and no further run was begun
+
+
+def test_runs_are_compared_with_the_control_seed_by_seed():
+    control = [row("c", seed, iw_nll_per_token=value) for seed, value in enumerate((3.0, 3.2, 3.1))]
+    own = [row("a", seed, iw_nll_per_token=value) for seed, value in ((2, 3.0), (0, 2.8), (1, 3.05), (7, 1.0))]
+    merged = {one["run"]: one for one in over_seeds([*own, *control], {"s": "c"})}
+    assert "against" not in merged["c"]
+    found = merged["a"]["against"]
+    differences = [-0.2, -0.15, -0.1]
+    assert found.n == 3  # the seed that the control lacks is left out
+    assert found.difference == pytest.approx(statistics.fmean(differences))
+    assert found.standard_deviation == pytest.approx(statistics.stdev(differences))
+    assert found.p == pytest.approx(ttest_1samp(differences, 0).pvalue)
+    assert all("against" not in one for one in over_seeds([*own, *control]))
+    assert all("against" not in one for one in over_seeds([*own, *control], {"other": "c", "s": None}))
+
+
+def test_of_a_tuned_control_the_best_is_compared_with():
+    rows = [row("c, lr=1", 0, line="c", iw_nll_per_token=3.0), row("a", 0, iw_nll_per_token=2.0)]
+    rows += [row("c, lr=2", seed, line="c", iw_nll_per_token=3.5 + seed) for seed in (0, 1)]
+    merged = {one["run"]: one for one in over_seeds(rows, {"s": "c"})}
+    assert merged["a"]["against"].difference == pytest.approx(2.0 - 3.5)
+    assert "against" not in merged["c, lr=1"]
+
+
+# ---- tuning ----------------------------------------------------------------------------------------------------------
+
+TUNED = """
+recipe: ltm.yaml
+seeds: [5, 6, 7]
+studies:
+  s:
+    runs: {a: {}, b: {model.beta: 0.5}}
+    tuning: {training.learning_rate: [1e-3, 2e-3, 4e-3]}
+    control: b
+"""
+
+
+@pytest.fixture
+def rated(monkeypatch, in_this_process):
+    """Jobs that train nothing: a is best at 2e-3, b at 4e-3, by the first seed; by the others at 1e-3."""
+    asked = []
+
+    def job(run, folder, trials, threads):
+        for trial in trials:
+            rate = trial.changes["training.learning_rate"]
+            asked.append((trial.line, rate, trial.seed))
+            nll = abs(rate - {"a": 2e-3, "b": 4e-3}[trial.line]) if trial.seed == 5 else rate
+            keep(folder, {trial.key: {"iw_nll_per_token": nll, "exact": False}})
+
+    monkeypatch.setattr(sweep_module, "_train_and_score", job)
+    return asked
+
+
+def test_a_tuned_run_is_tried_by_the_first_seed_and_its_best_has_the_others(folder, rated):
+    sweep, progress = loaded(folder, TUNED), []
+    assert sweep.number_of_models == 2 * 3 + 2 * 2
+    rows = run_sweep(sweep, folder / "out", on_progress=lambda *done: progress.append(done))
+    tried = {(line, rate, 5) for line in "ab" for rate in (1e-3, 2e-3, 4e-3)}
+    assert set(rated[:6]) == tried
+    assert set(rated[6:]) == {("a", 2e-3, 6), ("a", 2e-3, 7), ("b", 4e-3, 6), ("b", 4e-3, 7)}
+    assert progress[-1] == (10, 10)
+    merged = {one["run"]: one for one in over_seeds(rows, {"s": "b"})}
+    assert {run: one["seeds"] for run, one in merged.items() if one["seeds"] > 1} == {
+        "a, learning_rate=0.002": 3,
+        "b, learning_rate=0.004": 3,
+    }
+    assert merged["a, learning_rate=0.002"]["against"].n == 3
+    # again: nothing is left to do
+    rated.clear()
+    assert run_sweep(sweep, folder / "out") == rows
+    assert not rated
+
+
+def test_a_tuned_run_that_failed_at_one_value_goes_on_with_the_best_of_the_others(folder, rated, monkeypatch):
+    job, failures = sweep_module._train_and_score, []
+
+    def fails(run, folder, trials, threads):
+        if trials[0].changes["training.learning_rate"] == 2e-3:
+            raise InputError("diverged.")
+        job(run, folder, trials, threads)
+
+    monkeypatch.setattr(sweep_module, "_train_and_score", fails)
+    rows = run_sweep(loaded(folder, TUNED), folder / "out", on_failure=failures.append)
+    assert len(failures) == 2
+    assert {row["run"] for row in rows if row["seed"] == 7} == {"a, learning_rate=0.001", "b, learning_rate=0.004"}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ("grid: {model.beta: [1]}", "grid and tuning"),
+        ("control: c", "control"),
+    ],
+)
+def test_mistakes_of_tuning_and_control_are_named(folder, change, named):
+    text = TUNED.replace("    control: b\n", f"    {change}\n")
+    with pytest.raises(InputError, match=named):
+        loaded(folder, text)

@@ -1,6 +1,7 @@
 """Studies of a sweep as tables and as one picture: a row or a line for each run, however its models differ."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,20 @@ def _grid(rows: Sequence[Row]) -> tuple[int, list[str], list[list[str]]]:
     lines = [
         [*(str(row[key]) for _, key in names), *(_cell(row, key, form) for _, key, form in columns)] for row in rows
     ]
+    if any("against" in row for row in rows):
+        heads += ["IW − control's", "perplexity", "p (seeds)"]
+        lines = [line + _beside_control(row) for line, row in zip(lines, rows, strict=True)]
     return len(names), heads, lines
+
+
+def _beside_control(row: Row) -> list[str]:
+    """The difference in nats per token, what it makes of the perplexity, and the paired test over seeds."""
+    if "against" not in row:
+        return ["–"] * 3
+    found = row["against"]
+    difference = with_spread(found.difference, found.standard_deviation or 0.0, "+.4f").replace("± +", "± ")
+    test = "–" if found.p is None else f"{found.p:.2g}"
+    return [difference, f"{math.expm1(found.difference):+.1%}", f"{test} ({found.n})"]
 
 
 def _cell(row: Row, key: str, form: str) -> str:

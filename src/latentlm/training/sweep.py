@@ -14,6 +14,11 @@
         evaluations:                    optional: each model is scored once for each; inference… or scoring options
           T=1: {inference_steps: 1}
         plot: {x: inference_steps, y: [elbo_nll_per_token]}
+      an LTM beside its control:
+        runs: {LTM: {}, control: {recipe: autoregressive-stories.yaml}}
+        tuning:                         in place of a grid: every run is tried with each combination by the first seed,
+          training.learning_rate: [2e-3, 4e-3]      and its best (lowest IW NLL) has the other seeds, too
+        control: control                the run with which all others are compared, seed by seed
 
 A model that several studies want is trained once. What is there already is not done again, so a sweep that was
 interrupted goes on when it is started again with the same output.
@@ -22,39 +27,22 @@ interrupted goes on when it is started again with the same output.
 import hashlib
 import itertools
 import json
-import os
 import re
-import signal
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from multiprocessing import active_children, get_context, parent_process
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from huggingface_hub.dataclasses import strict
-from torch.utils.data import Dataset
 from transformers import PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from latentlm.data.corpora import source_fingerprint
-from latentlm.data.recipe import evaluation_sequences
 from latentlm.errors import InputError, one_sentence
-from latentlm.evaluation.comparison import averaged
-from latentlm.evaluation.measure import Scoring, measure
+from latentlm.evaluation.measure import Scoring
 from latentlm.evaluation.studies import FIGURES
-from latentlm.files import write_whole
-from latentlm.loading import load
-from latentlm.training import run as training_run
 from latentlm.training.recipe import load_recipe, read_yaml, unreadable
-
-SCORES_FILE = "scores.json"
-_JOBS_PER_CORE = 4
 
 
 @strict
@@ -66,6 +54,8 @@ class Study:
     recipe: str | None = None
     seeds: list[int]
     grid: dict = field(default_factory=dict)
+    tuning: dict = field(default_factory=dict)
+    control: str | None = None
     scoring: dict = field(default_factory=dict)
     evaluations: dict = field(default_factory=lambda: {"": {}})
     plot: dict | None = None
@@ -87,9 +77,14 @@ class Study:
                     raise ValueError(f"{name}: {key!r} must be a mapping of keys to values, not {value!r}")
             if len({str(key) for key in content}) < len(content):
                 raise ValueError(f"{name} has two of one name")
-        for key, values in self.grid.items():
+        if self.grid and self.tuning:
+            raise ValueError("grid and tuning both say which values are tried: give one of them")
+        for key, values in {**self.grid, **self.tuning}.items():
             if not isinstance(key, str) or not isinstance(values, list) or not values:
-                raise ValueError(f"grid: {key!r} must be a list of values, not {values!r}")
+                where = "tuning" if self.tuning else "grid"
+                raise ValueError(f"{where}: {key!r} must be a list of values, not {values!r}")
+        if self.control is not None and self.control not in map(str, self.runs):
+            raise ValueError(f"control must be one of the runs, not {self.control!r}")
         if not all(isinstance(key, str) for key in self.scoring):
             raise ValueError("scoring must be a mapping of options to values")
         if self.plot is not None:
@@ -160,7 +155,8 @@ class Run:
 class Trial:
     """A run seen from a study: under which name, changed by what, and scored how.
 
-    `line` is the name that it shares with the other runs of a grid.
+    `line` is the name that it shares with the other runs of a grid, or of tuning; `later` trials, of seeds after the
+    first, wait until their line's best is known.
     """
 
     study: str
@@ -172,6 +168,7 @@ class Trial:
     changes: Mapping[str, Any]
     inference: Mapping[str, Any]
     scoring: Mapping[str, Any]
+    later: bool = False
 
     @property
     def key(self) -> str:
@@ -188,7 +185,14 @@ class Sweep:
 
     @property
     def runs(self) -> list[Run]:
+        """Every run that it may come to, each once."""
         return list(dict.fromkeys(trial.run for trial in self.trials))
+
+    @property
+    def number_of_models(self) -> int:
+        """Models to train; of those that wait for their line's best, as many as will be chosen."""
+        lines = {(trial.study, trial.line, trial.seed) for trial in self.trials if trial.later}
+        return len({trial.run for trial in self.trials if not trial.later}) + len(lines)
 
 
 def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
@@ -255,7 +259,8 @@ def _check_keys(node: yaml.Node | None, where: str) -> None:
 
 def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str], contents: dict[str, str]) -> list[Trial]:
     trials: list[Trial] = []
-    combinations = [dict(zip(study.grid, values, strict=True)) for values in itertools.product(*study.grid.values())]
+    tried = study.grid or study.tuning
+    combinations = [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
     for (run_name, own), combination, seed in itertools.product(study.runs.items(), combinations, study.seeds):
         changes = {**(own or {}), **combination}
         label = ", ".join([str(run_name), *(f"{key.partition('.')[2]}={value}" for key, value in combination.items())])
@@ -284,154 +289,11 @@ def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str], con
             Scoring.of(**{key: value for key, value in scoring.items() if key != "limit"})
             if seed == study.seeds[0] and inference:
                 run.change(inference)
-            trials.append(Trial(name, str(run_name), label, str(evaluation), seed, run, changes, inference, scoring))
+            later = bool(study.tuning) and seed != study.seeds[0]
+            trials.append(
+                Trial(name, str(run_name), label, str(evaluation), seed, run, changes, inference, scoring, later)
+            )
     known = {key for trial in trials for key in {**trial.run.settings, **trial.inference, **trial.scoring}}
     if study.plot and study.plot["x"] not in FIGURES | known:
         raise InputError(f"plot: x must be a setting or a figure, not {study.plot['x']!r}.")
     return trials
-
-
-def run_sweep(
-    sweep: Sweep,
-    output: Path,
-    *,
-    jobs: int = 1,
-    threads: int | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-    on_failure: Callable[[str], None] = lambda sentence: None,
-) -> list[dict[str, Any]]:
-    """Trains and scores what is not there yet, and returns one mapping of figures for each trial.
-
-    Args:
-        jobs: runs at a time, each in a process of its own.
-        threads: of each; by default the cores are divided among the jobs, and none gets more than OMP_NUM_THREADS says.
-        on_failure: told of a run that failed; the others go on, and the trials of that one are left out.
-    """
-    cores = os.cpu_count() or 1
-    if jobs > _JOBS_PER_CORE * cores:
-        raise InputError(f"{jobs} jobs are too many for {cores} cores: give at most {_JOBS_PER_CORE * cores}.")
-    output.mkdir(parents=True, exist_ok=True)
-    threads = threads or max(min(cores // jobs, torch.get_num_threads()), 1)
-    scores = {run: _scores(output / run.folder) for run in sweep.runs}
-    wanted: dict[Run, dict[str, Trial]] = {}
-    for trial in sweep.trials:
-        if trial.key not in scores[trial.run]:
-            wanted.setdefault(trial.run, {})[trial.key] = trial
-    done, total = len(sweep.runs) - len(wanted), len(sweep.runs)
-    on_progress(done, total)
-    others = set(active_children())
-    # not in a with statement, whose end would wait for every run that the pool was given
-    pool = ProcessPoolExecutor(min(jobs, max(len(wanted), 1)), mp_context=get_context("spawn"), initializer=_end_with)
-    try:
-        work = {
-            pool.submit(_train_and_score, run, output / run.folder, list(trials.values()), threads): run
-            for run, trials in wanted.items()
-        }
-        for future in as_completed(work):
-            run = work[future]
-            try:
-                future.result()
-            except Exception as error:
-                first = next(iter(wanted[run].values()))
-                killed = "its process was killed, perhaps for lack of memory: give fewer --jobs"
-                reason = killed if isinstance(error, BrokenProcessPool) else one_sentence(error)
-                on_failure(f"study {first.study!r}, run {first.name!r}, seed {first.seed}: {reason}")
-            scores[run] = _scores(output / run.folder)
-            done += 1
-            on_progress(done, total)
-    except BaseException:  # Ctrl-C, for one
-        for job in set(active_children()) - others:
-            job.terminate()
-        raise
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-    return [
-        {
-            "study": trial.study,
-            "line": trial.line,
-            "run": trial.name,
-            "evaluation": trial.evaluation,
-            "seed": trial.seed,
-        }
-        | {"settings": {**trial.run.settings, **trial.inference, **trial.scoring}}
-        | scores[trial.run][trial.key]
-        for trial in sweep.trials
-        if trial.key in scores[trial.run]
-    ]
-
-
-def _end_with() -> None:
-    """A job ends with its sweep: at Ctrl-C without a word, and when the sweep was killed.
-
-    Else it would train on, unseen, beside whatever is started next.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    parent = parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            wait([parent.sentinel])
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
-
-
-def _scores(folder: Path) -> dict[str, dict[str, Any]]:
-    """Figures of a run's trials that are known already, by their keys."""
-    file = folder / SCORES_FILE
-    try:
-        scores = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{file} is damaged: delete it, and its run is scored again.") from error
-    if not isinstance(scores, dict):
-        raise InputError(f"{file} is damaged: delete it, and its run is scored again.")
-    return scores
-
-
-def _train_and_score(run: Run, folder: Path, trials: Sequence[Trial], threads: int) -> None:
-    """Leaves the figures of one run's trials in its folder; trains it unless the folder holds a finished model."""
-    torch.set_num_threads(threads)
-    transformers_logging.set_verbosity_error()
-    if not (folder / training_run.HISTORY_FILE).exists():
-        training_run.train(load_recipe(run.recipe, run.overrides), folder, resume=True, replace=True)
-    trained = training_run.training_figures(folder)
-    data: dict[int | None, Dataset] = {}  # by its limit, since reading takes as long as some scores
-    for trial in trials:
-        model, tokenizer = load(folder)  # again, without the last trial's changes
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        model.change_inference(**trial.inference)
-        options = dict(trial.scoring)
-        limit = options.pop("limit", None)
-        if limit not in data:
-            labels = model.annotation_labels
-            longest = model.config.max_position_embeddings
-            data[limit] = evaluation_sequences(folder, tokenizer, longest, limit=limit, labels=labels)
-        about: dict[str, Any] = {"tokenizer": tokenizer, "trained": trained, "seed": trial.seed}
-        figures = {"family": type(model).__name__} | measure(model, data[limit], **about, **{"flops": True, **options})
-        write_whole(folder / SCORES_FILE, json.dumps({**_scores(folder), trial.key: figures}, indent=1))
-
-
-def histories(sweep: Sweep, output: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Study → run → the log of its first seed, of those that are trained."""
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for trial in sweep.trials:
-        file = output / trial.run.folder / training_run.HISTORY_FILE
-        if trial.name not in found.get(trial.study, {}) and file.exists():
-            found.setdefault(trial.study, {})[trial.name] = json.loads(file.read_text(encoding="utf-8"))
-    return found
-
-
-def over_seeds(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows that differ in nothing but the seed as one: means, and `spread`, the standard deviation of each figure."""
-    groups: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault((row["study"], row["run"], row["evaluation"]), []).append(row)
-    merged = []
-    for group in groups.values():
-        means, spread = averaged(group)
-        row = {**group[0], **means, "seeds": len(group), "spread": spread}
-        for key, value in group[0].items():
-            if isinstance(value, list) and len(group) > 1:
-                del row[key]  # dimension d of one seed's latent is not that of another's
-        merged.append(row)
-    return merged
