@@ -169,16 +169,23 @@ class Scripted(WritesText):
         self.place = torch.nn.Parameter(torch.zeros(1))
         self.tokenizer, self.texts, self.asked, self.seeds = tokenizer, texts, [], []
         self.exact = config.get("exact", False)
+        self.given = {}
 
     def generate(self, input_ids=None, attention_mask=None, *, max_new_tokens, num_return_sequences, seed, **options):
         prompt = self.tokenizer.decode(input_ids[0, 1:])
-        self.asked.append((prompt, options))
-        self.seeds.append(seed)
+        given = self.given.setdefault(prompt, [])
+        if not given:  # a latent model is asked for each trial
+            self.asked.append((prompt, options))
+            self.seeds.append(seed)
+        assert seed not in given
         question = prompt.split("Question: ")[-1].removesuffix("\nAnswer:")
         eos = self.tokenizer.eos_token_id
         new = [self.tokenizer.encode(text, add_special_tokens=False) for text in self.texts(question)]
         rows = [([*ids, eos] + [5] * max_new_tokens)[:max_new_tokens] for ids in new]
-        assert len(rows) == num_return_sequences
+        assert num_return_sequences == (len(rows) if self.exact else 1)
+        if not self.exact:
+            rows = [rows[len(given)]]
+        given.append(seed)
         return torch.cat([input_ids.expand(len(rows), -1), torch.tensor(rows)], dim=1)
 
 
@@ -373,7 +380,7 @@ def test_families_write_the_same_again_and_something_else_by_another_seed(family
 
 def test_each_trial_has_its_own_z_of_the_prompt(monkeypatch):
     model, tokenizer = latentlm.load(trained("ltm"))
-    drawn, inferred = [], []
+    drawn, inferred, posteriors = [], [], []
     latents_for, infer = model._latents_for, model.infer
 
     def spied(*arguments):
@@ -382,15 +389,19 @@ def test_each_trial_has_its_own_z_of_the_prompt(monkeypatch):
 
     def inferring(input_ids, *arguments, **options):
         inferred.append(tokenizer.decode(input_ids[0, 1:]))
-        return infer(input_ids, *arguments, **options)
+        posterior = infer(input_ids, *arguments, **options)
+        posteriors.append(posterior.mean)
+        return posterior
 
     monkeypatch.setattr(model, "_latents_for", spied)
     monkeypatch.setattr(model, "infer", inferring)
     gsm8k(model, tokenizer, SHORT, trials=4, max_new_tokens=2)
-    assert inferred == [problem.prompt for problem in SHORT]
-    for latents in drawn:
-        assert len(latents) == 4
-        assert all(not torch.equal(one, other) for one, other in itertools.combinations(latents, 2))
+    assert inferred == [problem.prompt for problem in SHORT for _ in range(4)]
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(posteriors, 2))
+    assert [len(latents) for latents in drawn] == [1] * 4 * len(SHORT)
+    for place in range(len(SHORT)):
+        of_problem = drawn[4 * place : 4 * place + 4]
+        assert all(not torch.equal(one, other) for one, other in itertools.combinations(of_problem, 2))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

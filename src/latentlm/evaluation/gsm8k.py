@@ -122,8 +122,9 @@ def gsm8k(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Solves each problem `trials` times and counts.
 
-    A trial ends at EOS, where the next "Question:" begins a line, or after `max_new_tokens`. One of sampling is drawn
-    with a z of its own from q(z | prompt). All chance is a function of the seed and the question.
+    A trial ends at EOS, where the next "Question:" begins a line, or after `max_new_tokens`. One of a latent model
+    infers q(z | prompt) once, with noise of its own, and draws its z from that. All chance is a function of the seed
+    and the question.
 
     Args:
         examples: solved problems, `shots` of which, drawn for each question (never the question itself), stand before
@@ -180,15 +181,17 @@ def gsm8k(
             texts: list[str] = []
             if prompt is not None:
                 batch = on_device(text_batch(tokenizer, [prompt], end=False), model.device)
-                rows = model.generate(
-                    **batch,
-                    max_new_tokens=max_new_tokens,
-                    num_return_sequences=trials,
-                    seed=chance.getrandbits(62),
-                    **decoding,
-                )
-                new = rows[:, batch["input_ids"].shape[1] :].tolist()
-                texts = [str(tokenizer.decode(until_end(row, ends))).split(_STOP)[0] for row in new]
+                # of a latent model each trial infers for itself: the noise of inference is a part of its chance
+                for together in [trials] if model.exact else [1] * trials:
+                    rows = model.generate(
+                        **batch,
+                        max_new_tokens=max_new_tokens,
+                        num_return_sequences=together,
+                        seed=chance.getrandbits(62),
+                        **decoding,
+                    )
+                    new = rows[:, batch["input_ids"].shape[1] :].tolist()
+                    texts += [str(tokenizer.decode(until_end(row, ends))).split(_STOP)[0] for row in new]
             records.append({"question": problem.question, "shots": used, "too_long": prompt is None, "texts": texts})
             if on_progress is not None:
                 on_progress(len(records), len(problems))
