@@ -688,3 +688,27 @@ def test_mistakes_of_tuning_and_control_are_named(folder, change, named):
     text = TUNED.replace("    control: b\n", f"    {change}\n")
     with pytest.raises(InputError, match=named):
         loaded(folder, text)
+
+
+def test_changes_of_the_sweep_and_of_a_study_hold_for_every_run_and_its_own_come_last(folder):
+    text = """
+recipe: ltm.yaml
+changes: {model.beta: 0.5, data.length: 24}
+studies:
+  s:
+    changes: {model.beta: 0.25}
+    runs: {a: {}, b: {model.beta: 1.0}}
+  t: {runs: {a: {}}}
+"""
+    found = {(trial.study, trial.name): trial.changes for trial in loaded(folder, text).trials}
+    assert found == {
+        ("s", "a"): {"model.beta": 0.25, "data.length": 24},
+        ("s", "b"): {"model.beta": 1.0, "data.length": 24},
+        ("t", "a"): {"model.beta": 0.5, "data.length": 24},
+    }
+
+
+@pytest.mark.parametrize("wrong", ["changes: 3", "changes: [a]", "changes: {3: 4}", "changes: {model.betta: 1}"])
+def test_mistakes_of_changes_are_named(folder, wrong):
+    with pytest.raises(InputError, match=r"changes|betta"):
+        loaded(folder, f"recipe: ltm.yaml\n{wrong}\nstudies: {{s: {{runs: {{a: {{}}}}}}}}\n")

@@ -2,6 +2,7 @@
 
     recipe: ltm-stories.yaml            what every run starts from; the path is relative to this file
     seeds: [0, 1, 2]                    of weights, batches and noise
+    changes: {data.length: 128}         optional: to the recipe of every run; a run's own come after them
     scoring: {iw_samples: 16}           options of `evaluation.measure`
     studies:
       steps in training × in testing:
@@ -48,11 +49,15 @@ from latentlm.training.recipe import load_recipe, read_yaml, unreadable
 @strict
 @dataclass(kw_only=True)
 class Study:
-    """One question: runs, and how each is scored. `recipe`, `seeds` and `scoring` are the sweep's unless given."""
+    """One question: runs, and how each is scored.
+
+    `recipe`, `seeds` and `scoring` are the sweep's unless given; its `changes` hold, too.
+    """
 
     runs: dict
     recipe: str | None = None
     seeds: list[int]
+    changes: dict = field(default_factory=dict)
     grid: dict = field(default_factory=dict)
     tuning: dict = field(default_factory=dict)
     control: str | None = None
@@ -85,8 +90,9 @@ class Study:
                 raise ValueError(f"{where}: {key!r} must be a list of values, not {values!r}")
         if self.control is not None and self.control not in map(str, self.runs):
             raise ValueError(f"control must be one of the runs, not {self.control!r}")
-        if not all(isinstance(key, str) for key in self.scoring):
-            raise ValueError("scoring must be a mapping of options to values")
+        for name in ("scoring", "changes"):
+            if not all(isinstance(key, str) for key in getattr(self, name)):
+                raise ValueError(f"{name} must be a mapping of keys to values")
         if self.plot is not None:
             ys = self.plot.get("y", [])
             if not isinstance(self.plot.get("x"), str) or self.plot.keys() - {"x", "y"}:
@@ -218,10 +224,13 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         raise InputError(f"{path}: not valid YAML: it holds itself, or is nested without end.") from error
     if not isinstance(document, dict) or not isinstance(document.get("studies"), dict) or not document["studies"]:
         raise InputError(f"{path}: a sweep is a mapping with the key studies, which names at least one.")
-    if unknown := sorted(map(str, document.keys() - {"recipe", "seeds", "scoring", "studies"})):
-        raise InputError(f"{path}: unknown key {unknown[0]!r}; a sweep has recipe, seeds, scoring and studies.")
-    if not isinstance(document.setdefault("scoring", {}), dict):
-        raise InputError(f"{path}: scoring must be a mapping of options to values, not {document['scoring']!r}.")
+    if unknown := sorted(map(str, document.keys() - {"recipe", "seeds", "changes", "scoring", "studies"})):
+        known = "recipe, seeds, changes, scoring and studies"
+        raise InputError(f"{path}: unknown key {unknown[0]!r}; a sweep has {known}.")
+    merged = ("scoring", "changes")
+    for key in merged:
+        if not isinstance(document.setdefault(key, {}), dict):
+            raise InputError(f"{path}: {key} must be a mapping of keys to values, not {document[key]!r}.")
     shared = {"recipe": document.get("recipe"), "seeds": document.get("seeds", [0])}
     studies: dict[str, Study] = {}
     trials: list[Trial] = []
@@ -231,9 +240,11 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> Sweep:
         if not isinstance(content, dict) or str(name) in studies:
             raise InputError(f"{where}: must be one mapping with the key runs.")
         try:
-            if not isinstance(content.get("scoring", {}), dict):
-                raise InputError("scoring must be a mapping of options to values.")
-            study = Study(**{**shared, **content, "scoring": {**document["scoring"], **content.get("scoring", {})}})
+            for key in merged:
+                if not isinstance(content.get(key, {}), dict):
+                    raise InputError(f"{key} must be a mapping of keys to values.")
+            both = {key: {**document[key], **content.get(key, {})} for key in merged}
+            study = Study(**{**shared, **content, **both})
             trials += _trials(str(name), study, path.parent, overrides, contents)
         except Exception as error:  # a strict dataclass raises its own kinds
             raise InputError(f"{where}: {one_sentence(error)}") from error
@@ -262,7 +273,7 @@ def _trials(name: str, study: Study, folder: Path, overrides: Sequence[str], con
     tried = study.grid or study.tuning
     combinations = [dict(zip(tried, values, strict=True)) for values in itertools.product(*tried.values())]
     for (run_name, own), combination, seed in itertools.product(study.runs.items(), combinations, study.seeds):
-        changes = {**(own or {}), **combination}
+        changes = {**study.changes, **(own or {}), **combination}
         label = ", ".join([str(run_name), *(f"{key.partition('.')[2]}={value}" for key, value in combination.items())])
         recipe = changes.pop("recipe", study.recipe)
         if not isinstance(recipe, str):
