@@ -614,6 +614,17 @@ def test_of_a_tuned_control_the_best_is_compared_with():
     assert "against" not in merged["c, lr=1"]
 
 
+def test_of_a_grid_the_control_of_the_same_values_is_compared_with():
+    rows = [
+        row(f"{line}, lr={rate}", seed, line=line, iw_nll_per_token=nll + rate + seed)
+        for line, nll in (("c", 3.0), ("a", 2.5))
+        for rate in (1, 2)
+        for seed in (0, 1)
+    ]
+    merged = {one["run"]: one for one in over_seeds(rows, {"s": "c"})}
+    assert [merged[f"a, lr={rate}"]["against"].difference for rate in (1, 2)] == pytest.approx([-0.5, -0.5])
+
+
 # ---- tuning ----------------------------------------------------------------------------------------------------------
 
 TUNED = """

@@ -287,7 +287,6 @@ def plot_calibration(figures: Mapping[str, Any], path: Path, name: str) -> None:
     )  # fmt: skip
     cost.set(xlabel="position in the text", ylabel="nats per token", title="NLL by position")
     cost.title.set_fontsize(10)
-    cost.set_ylim(bottom=0)
     cost.legend(frameon=False)
     with whole_file(path) as file:
         figure.savefig(file, dpi=120, format="png")

@@ -229,8 +229,12 @@ def over_seeds(
         control = (controls or {}).get(row["study"])
         of_control = [one for one in groups.values() if (one[0]["study"], one[0]["line"]) == (row["study"], control)]
         if of_control and row["line"] != control:
-            # of a tuned line the best, which has all seeds; among equals the lower NLL
-            its = {one["seed"]: one for one in min(of_control, key=lambda one: (-len(one), _mean_nll(one)))}
+            # of a tuned control the best, which has all seeds; of a grid's that of the same values
+            values = row["run"].removeprefix(row["line"])
+            same = [one for one in of_control if one[0]["run"].removeprefix(control) == values]
+            most = max(map(len, of_control))
+            among = [one for one in same if len(one) == most] or of_control
+            its = {one["seed"]: one for one in min(among, key=lambda one: (-len(one), _mean_nll(one)))}
             both = [(one, its[one["seed"]]) for one in group if one["seed"] in its]
             if both:
                 row["against"] = paired(
