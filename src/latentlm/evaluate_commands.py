@@ -57,9 +57,36 @@ evaluate_app = typer.Typer(
 )
 
 
-def _say_what_was_cut(console: Any, sequences: Any, longest: int) -> None:
+def _opened(
+    model: Model,
+    data: EvaluationData,
+    column: Column,
+    sample_by: SampleBy,
+    annotations: Annotations,
+    limit: Limit,
+    settings: Settings,
+) -> tuple[Any, Any, Any]:
+    """The model, its tokenizer, and the sequences to evaluate it on; says how many of them were cut."""
+    from latentlm.data.recipe import evaluation_sequences
+
+    join()
+    loaded, tokenizer = load_model(model)
+    change_inference(loaded, settings)
+    longest = loaded.config.max_position_embeddings
+    sequences = evaluation_sequences(
+        model,
+        tokenizer,
+        longest,
+        data,
+        column=column,
+        sample_by=sample_by,
+        limit=limit,
+        annotations=annotations,
+        labels=loaded.annotation_labels,
+    )
     if truncated := getattr(sequences, "truncated", 0):
-        console.print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")
+        terminal().print(f"cut at {longest} tokens: {truncated:,} of {len(sequences):,} texts")  # type: ignore[arg-type]
+    return loaded, tokenizer, sequences
 
 
 @evaluate_app.command()
@@ -127,28 +154,13 @@ def likelihood(
 
     Example: latentlm evaluate runs/quickstart/ltm --iw-samples 64 --json figures.json
     """
-    from latentlm.data.recipe import evaluation_sequences
     from latentlm.evaluation.measure import measure
     from latentlm.evaluation.report import reconstructed, table
     from latentlm.training.progress import counted
     from latentlm.training.run import training_figures
 
     console = terminal()
-    join()
-    loaded, tokenizer = load_model(model)
-    change_inference(loaded, settings)
-    sequences = evaluation_sequences(
-        model,
-        tokenizer,
-        loaded.config.max_position_embeddings,
-        data,
-        column=column,
-        sample_by=sample_by,
-        limit=limit,
-        annotations=annotations,
-        labels=loaded.annotation_labels,
-    )
-    _say_what_was_cut(console, sequences, loaded.config.max_position_embeddings)
+    loaded, tokenizer, sequences = _opened(model, data, column, sample_by, annotations, limit, settings)
     with counted(console, "evaluating") as on_progress:
         figures = measure(
             loaded,
@@ -169,7 +181,7 @@ def likelihood(
             on_progress=on_progress,
         )
     # of what they are is part of what they say
-    given = {"data": data, "settings": settings or [], "seed": seed}
+    given = {"data": data, "limit": limit, "settings": settings or [], "seed": seed}
     figures = {"task": "likelihood", **about(model, loaded), **figures, **given}
     caption = f"{data or 'validation data of its recipe'}, seed {seed}"
     console.print(caption, markup=False, highlight=False, soft_wrap=True)
@@ -256,27 +268,12 @@ def calibration_command(
 
     Example: latentlm evaluate calibration runs/ltm --prompt-tokens 16 --plot calibration.png --json calibration.json
     """
-    from latentlm.data.recipe import evaluation_sequences
     from latentlm.evaluation.calibration import calibration, calibration_tables, plot_calibration
     from latentlm.processes import is_main
     from latentlm.training.progress import counted
 
     console = terminal()
-    join()
-    loaded, tokenizer = load_model(model)
-    change_inference(loaded, settings)
-    sequences = evaluation_sequences(
-        model,
-        tokenizer,
-        loaded.config.max_position_embeddings,
-        data,
-        column=column,
-        sample_by=sample_by,
-        limit=limit,
-        annotations=annotations,
-        labels=loaded.annotation_labels,
-    )
-    _say_what_was_cut(console, sequences, loaded.config.max_position_embeddings)
+    loaded, _, sequences = _opened(model, data, column, sample_by, annotations, limit, settings)
     with counted(console, "evaluating") as on_progress:
         figures = calibration(
             loaded,
