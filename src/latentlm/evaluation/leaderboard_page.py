@@ -281,6 +281,9 @@ def _panel(panel: Any, section: Section) -> None:
         panel.set_xticks([row.rank for row in rows] if len(rows) <= _TICKS else [1, len(rows)])
     elif costs and max(costs) > _WIDE * min(costs):
         panel.set_xscale("log")
+        # powers would be formulae, which are off because of the models' names
+        panel.xaxis.set_major_formatter(lambda cost, _: f"{cost:.0e}".replace("e+", "e"))
+        panel.xaxis.set_minor_formatter(lambda cost, _: "")
     panel.set(xlabel=label, ylabel="bits per byte", title=section.title)
     panel.margins(x=0.1)
     panel.autoscale_view()
