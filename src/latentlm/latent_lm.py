@@ -8,7 +8,8 @@ A sequence is `input_ids` = BOS x_1 … x_T. BOS is given and never scored; ever
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -391,15 +392,21 @@ class LatentLM(PreTrainedModel):
             self._inference_in_training.setdefault(name, getattr(self.config, name))
             setattr(self.config, name, getattr(config, name))
 
-    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+    @contextmanager
+    def inferring_as_trained(self) -> Iterator[None]:
+        """Without what `change_inference` has set."""
         changed = {name: getattr(self.config, name) for name in self._inference_in_training}
         try:
             for name, value in self._inference_in_training.items():
                 setattr(self.config, name, value)
-            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+            yield
         finally:
             for name, value in changed.items():
                 setattr(self.config, name, value)
+
+    def save_pretrained(self, save_directory: Any, is_main_process: bool = True, **kwargs: Any) -> None:
+        with self.inferring_as_trained():
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             write_checksums(save_directory, WEIGHTS)
 

@@ -97,6 +97,17 @@ def test_parts_sum_to_the_whole_and_nothing_is_moved(name, options):
     assert found == training_flops(model, batch)
 
 
+def test_an_inference_that_was_changed_after_training_changes_the_cost_of_inference_alone():
+    model = small_model("ltm", inference="cooperative", inference_steps=2)
+    before = training_flops(model, texts(2, 9))
+    model.change_inference(inference_steps=6)
+    after = training_flops(model, texts(2, 9))
+    assert after["inference_flops_per_token"] > 2 * before["inference_flops_per_token"]
+    of_training = [key for key in before if key.startswith("training")]
+    assert {key: after[key] for key in of_training} == {key: before[key] for key in of_training}
+    assert model.config.inference_steps == 6
+
+
 def test_padding_is_computed_and_not_a_token():
     model = Autoregressive(AutoregressiveConfig(**SHAPE))
     mask = torch.ones(B, T + 1, dtype=torch.long)

@@ -45,14 +45,14 @@ def training_flops(
         with the vocabulary), `…_of_latents` (encoders, attention to latents, priors, Gaussian processes) and
         `…_of_decoder` (everything else: attention among tokens and feed-forward layers). Kong et al. 2025, section 2.4
         and Figure 3, take the last two together as "attention". `inference_flops_per_token` is what inferring q takes
-        of these texts: for gradient inference the fast steps, forward and backward.
+        of these texts, as `change_inference` has it now: by gradient the fast steps, forward and backward.
     """
     tokens = int(model.scored_tokens(input_ids, attention_mask).sum())
     with _untouched(model):
         model.train()
         with _counting(model) as of_inference, torch.no_grad():
             model.infer_for_training(input_ids, attention_mask, condition, seed=0)
-        with _counting(model) as of_step, torch.enable_grad():
+        with _counting(model) as of_step, torch.enable_grad(), model.inferring_as_trained():
             model(input_ids, attention_mask, condition, seed=0).loss.backward()
     return {
         "training_flops_per_token": sum(of_step.values()) / tokens,
