@@ -372,6 +372,8 @@ class LatentLM(PreTrainedModel):
         Raises:
             InputError: no such field, a value that it does not take, or one that needs weights this model lacks.
         """
+        if not changes:
+            return
         known = sorted(f.name for f in fields(self.config) if f.name.startswith("inference"))
         for name in changes.keys() - set(known):
             raise InputError(

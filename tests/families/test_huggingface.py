@@ -50,6 +50,14 @@ def test_any_causal_model_is_scored_exactly():
     assert figures["kl_per_token"] == 0 and figures["iw_nll_per_token"] == figures["elbo_nll_per_token"]
 
 
+def test_no_change_of_inference_is_no_error():
+    """As a sweep scores it; the model's own sizes are not in our config."""
+    model, _ = latentlm.load(pretrained_part("gpt2"))
+    model.change_inference()
+    with pytest.raises(InputError, match="it has nothing to set"):
+        model.change_inference(inference_steps=3)
+
+
 def test_generation_is_that_of_transformers():
     model, _ = latentlm.load(pretrained_part("gpt2"))
     plain = AutoModelForCausalLM.from_pretrained(pretrained_part("gpt2")).eval()

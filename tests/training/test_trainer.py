@@ -75,6 +75,13 @@ def test_tokens_are_counted_exactly(tmp_path, accumulation):
     assert trained.logged("tokens")[-1] == 2 * sum(trained.corpus.train.lengths)
 
 
+def test_the_last_step_is_logged(tmp_path):
+    each = run(tmp_path / "each", "training.max_steps=3")
+    seldom = run(tmp_path / "seldom", "training.max_steps=3", "training.logging_steps=2")
+    assert [entry["step"] for entry in seldom.history if "loss" in entry] == [2, 3]
+    assert seldom.logged("tokens")[-1] == each.logged("tokens")[-1]
+
+
 @pytest.mark.parametrize("start", ["prior", "fixed", "learned"])
 def test_each_start_of_inference_trains(tmp_path, start):
     trained = run(tmp_path / "run", f"model.inference_start={start}", "model.inference_start_log_variance=-1.0")

@@ -298,6 +298,8 @@ class _EachStep(TrainerCallback):
         before = self.pretraining_steps
         model.training_progress.fill_((state.global_step - before) / (state.max_steps - before))
         self._log(control)
+        if state.global_step >= state.max_steps:  # so that a history counts all tokens
+            control.should_log = True
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._log(control)
