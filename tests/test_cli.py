@@ -227,10 +227,11 @@ def test_sweep_shows_a_table_for_each_study_and_goes_on_where_it_was(latentlm, w
     status, out, err = latentlm(*command)
     assert (status, err) == (0, "")
     assert "2 models to train, in runs/sweep" in out
-    assert "steps (1 seed)" in out and "left in runs/sweep: studies.md, studies.png" in out
+    assert "steps (1 seed)" in out and "left in runs/sweep: studies.md, studies.json, studies.png" in out
     assert "### steps (1 seed)" in (working_folder / "runs" / "sweep" / "studies.md").read_text()
     rows = json.loads((working_folder / "rows.json").read_text())
     assert [row["run"] for row in rows] == ["two", "one"]
+    assert json.loads((working_folder / "runs" / "sweep" / "studies.json").read_text()) == rows
     for row in rows:
         assert any(row["run"] in line and f"{row['iw_nll_per_token']:.4f}" in line for line in out.splitlines())
     for picture in ("studies.png", "curves.png"):

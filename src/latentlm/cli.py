@@ -178,6 +178,7 @@ def sweep(
         console.print(study_table(name, of_study))
     write_json(json_file, rows)
     if shown:
+        write_json(folder / "studies.json", rows)  # in which a leaderboard finds the runs' names
         write_whole(folder / "studies.md", "\n".join(study_markdown(*study) for study in shown.items()))
         plots = {name: (of_study, checked.studies[name].plot) for name, of_study in shown.items()}
         study_plots(plots, folder / "studies.png")
@@ -185,7 +186,7 @@ def sweep(
     if failures:
         raise InputError(f"{len(failures)} of {checked.number_of_models} runs failed; the first: {failures[0]}")
     console.print(
-        f"left in {folder}: studies.md, studies.png, curves.png, and a folder for each model",
+        f"left in {folder}: studies.md, studies.json, studies.png, curves.png, and a folder for each model",
         highlight=False,
         soft_wrap=True,
     )
