@@ -1,5 +1,6 @@
 """What the families with an autoregressive decoder share: scoring in one pass, cached steps of generation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,12 +8,11 @@ from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from latentlm.config import TransformerConfig
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
-from latentlm.layers import self_cache, token_log_likelihood
+from latentlm.layers import token_log_likelihood
 
 
 @strict
@@ -57,10 +57,16 @@ class CausalLatentLM(GeneratesFromLatents):
         """States from which `lm_head` predicts the token after each of `input_ids`; the mask covers the cache, too."""
         raise NotImplementedError
 
+    def before_latents(
+        self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
+    ) -> Any:
+        """What of the `hidden_states` of whole texts no latent changes, which these take as `before`; None: nothing."""
+        return None
+
     # ---- scoring -------------------------------------------------------------------------------------------------
 
     def _scored_states(
-        self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor | None
+        self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor | None, before: Any = None
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Hidden states and targets with samples folded into the batch, and the samples' shape to unfold them with."""
         self.check_text(input_ids, attention_mask)
@@ -78,7 +84,8 @@ class CausalLatentLM(GeneratesFromLatents):
         if input_ids.shape[1] == 1:  # BOS alone: nothing to score, and attention refuses a text of length 0
             nothing = latents.flatten(1).sum(1)[:, None, None].expand(-1, -1, self.config.hidden_size)[:, :0]
             return nothing.to(self.dtype), input_ids[:, 1:], samples
-        return self.hidden_states(latents, input_ids[:, :-1], attention_mask), input_ids[:, 1:], samples
+        known = {} if before is None or repeats > 1 else {"before": before}
+        return self.hidden_states(latents, input_ids[:, :-1], attention_mask, **known), input_ids[:, 1:], samples
 
     def decode(
         self,
@@ -97,9 +104,27 @@ class CausalLatentLM(GeneratesFromLatents):
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
     ) -> Float[Tensor, "*samples batch scored"]:
+        return self._log_likelihood(latents, input_ids, attention_mask, condition)
+
+    def likelihood_of(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+    ) -> Callable[[Tensor], Tensor]:
+        before = None
+        if input_ids.shape[1] > 1:
+            with torch.no_grad():
+                seen = None if attention_mask is None else attention_mask[:, :-1]
+                before = self.before_latents(input_ids[:, :-1], seen)
+        return lambda latents: self._log_likelihood(latents, input_ids, attention_mask, condition, before)
+
+    def _log_likelihood(
+        self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor | None, condition: Any, before: Any = None
+    ) -> Tensor:
         if type(self.lm_head).forward is not nn.Linear.forward:  # an adapter does more than its weight says
             return super().log_likelihood(latents, input_ids, attention_mask, condition)
-        states, targets, samples = self._scored_states(latents, input_ids, attention_mask)
+        states, targets, samples = self._scored_states(latents, input_ids, attention_mask, before)
         scored = self.scored_tokens(input_ids, attention_mask)
         states, targets, weight = states.flatten(0, 1), targets.flatten(), self.lm_head.weight
         if attention_mask is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
@@ -139,19 +164,6 @@ class CausalLatentLM(GeneratesFromLatents):
         """
         spacing = self.config.max_position_embeddings / number
         return (torch.arange(number, device=self.device)[None] + 0.5) * spacing
-
-    def _mask(self, x: Tensor, attention_mask: Tensor | None, cache: Cache | None, always_seen: int = 0) -> Any:
-        """The mask of causal attention, by the config's window; the first `always_seen` vectors stay in sight of it."""
-        given = {"attention_mask": attention_mask, "past_key_values": self_cache(cache)}
-        if self.config.sliding_window is None:
-            return create_causal_mask(config=self.config, inputs_embeds=x, **given)
-        if always_seen:
-
-            def or_mask_function(batch: Any, head: Any, query: Any, key: Any) -> Any:
-                return (key < always_seen) & (key <= query)
-
-            given["or_mask_function"] = or_mask_function
-        return create_sliding_window_causal_mask(config=self.config, inputs_embeds=x, **given)
 
 
 def token_cache(config: CausalConfig) -> DynamicCache:

@@ -172,6 +172,19 @@ class LatentLM(PreTrainedModel):
         chosen = log_probabilities.gather(-1, targets[..., None])[..., 0]
         return chosen.masked_fill(~self.scored_tokens(input_ids, attention_mask), 0.0)
 
+    def likelihood_of(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch time"] | None = None,
+        condition: Any = None,
+    ) -> Callable[[Tensor], Tensor]:
+        """`log_likelihood` of these texts as a function of the latents.
+
+        For many latents of the same texts under the same weights, such as the steps of an inference or the samples of a
+        bound: a family may do here, once, what no latent changes. Gradients reach the latents alone.
+        """
+        return lambda latents: self.log_likelihood(latents, input_ids, attention_mask, condition)
+
     @staticmethod
     def scored_tokens(
         input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None

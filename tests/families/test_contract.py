@@ -105,6 +105,24 @@ def test_an_adapted_projection_is_scored_as_it_decodes(causal_family):
     torch.testing.assert_close(model.log_likelihood(latents, input_ids), expected, **CLOSE)
 
 
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_likelihood_of_a_text_is_the_log_likelihood_for_every_latent(model, side, length):
+    """However often it is asked, with gradients of latents, and of samples."""
+    input_ids, mask = texts(4, length), None
+    if side != "none":
+        input_ids, mask = padded(input_ids, [min(one, length) for one in LENGTHS], side)
+    model.eval()
+    likelihood = model.likelihood_of(input_ids, mask)
+    for seed, samples in ((0, ()), (1, ()), (2, (3,))):
+        latents = prior_latents(model, input_ids, *samples, seed=seed).requires_grad_()
+        found, expected = likelihood(latents), model.log_likelihood(latents, input_ids, mask)
+        assert torch.equal(found, expected)
+        if latents.numel() and length > 1:
+            gradients = [torch.autograd.grad(one.sum(), latents)[0] for one in (found, expected)]
+            torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
+
+
 def test_samples_are_decoded_one_by_one(model):
     input_ids, mask = padded(texts(4, 9), LENGTHS, "right")
     latents = prior_latents(model, input_ids, 3)

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import flash_attention_mask
 
-from latentlm.layers import TransformerBlock, rotation
+from latentlm.layers import TransformerBlock, causal_mask, rotation
 from latentlm.layers.transformer import Attention, SwiGLU, rotate
 
 WIDTH, THETA = 8, 10000.0
@@ -75,7 +75,7 @@ def test_rotation_keeps_lengths_and_knows_distances_alone(x):
 def test_self_attention_by_loops(x, window):
     model = small_model("ltm", sliding_window=window).double()
     attention = model.layers[0].self_attention
-    mask = model._mask(x, None, None)
+    mask = causal_mask(model.config, x)
     found = attention.self_attention(x, rotation(torch.arange(5)[None], WIDTH, THETA), mask, None)
     expected = by_loops(attention, x, x, range(5), range(5), lambda t, n: n <= t and (window is None or t - n < window))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)  # float32 angles

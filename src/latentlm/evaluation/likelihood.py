@@ -165,17 +165,18 @@ def score(
     keys = sequence_keys(input_ids, attention_mask)
     # one sample at a time: K of them at once would need K times the memory of a training step
     log_likelihood, log_prior, log_posterior, under_prior = [], [], [], []
+    likelihood = model.likelihood_of(input_ids, attention_mask, condition)
     latents = model.draw_latents(posterior, keys, samples, seed=seed, stream=Stream.IMPORTANCE)
     for z in latents:
-        log_likelihood.append(model.log_likelihood(z, input_ids, attention_mask, condition).sum(-1))
+        log_likelihood.append(likelihood(z).sum(-1))
         log_prior.append(prior.log_prob(z))
         log_posterior.append(posterior.log_prob(z))
     under_mean = log_likelihood[0]
     if not model.exact:
         mean = prior.mean.expand(len(input_ids), *prior.event_shape)
-        under_mean = model.log_likelihood(mean, input_ids, attention_mask, condition).sum(-1)
+        under_mean = likelihood(mean).sum(-1)
         for z in model.draw_latents(prior, keys, samples, seed=seed, stream=Stream.PRIOR):
-            under_prior.append(model.log_likelihood(z, input_ids, attention_mask, condition).sum(-1))
+            under_prior.append(likelihood(z).sum(-1))
     likelihoods = torch.stack(log_likelihood)
     prior_likelihoods = torch.stack(under_prior) if under_prior else likelihoods
     kl = kl_divergence(posterior, prior)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
-from latentlm.layers import TransformerBlock, rotation
+from latentlm.layers import TransformerBlock, causal_mask, rotation, self_cache
 from latentlm.without_latents import WithoutLatents
 
 
@@ -80,7 +80,7 @@ class Autoregressive(WithoutLatents, CausalLatentLM):
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
         x = self.embedded(input_ids)
-        mask = self._mask(x, attention_mask, past_key_values)
+        mask = causal_mask(self.config, x, attention_mask, self_cache(past_key_values))
         if position_ids is None:
             seen = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = self._positions(input_ids, attention_mask, seen)

@@ -104,6 +104,7 @@ def infer_by_gradient(
     with held(model):
         prior = model.prior(len(input_ids), model.scored_tokens(input_ids, attention_mask).sum(1), condition)
         keys = sequence_keys(input_ids, attention_mask)
+        likelihood = model.likelihood_of(input_ids, attention_mask, condition)
         parameters = (mean, log_variance)
         moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
         for step in range(steps):
@@ -113,7 +114,7 @@ def infer_by_gradient(
             draw = step if renew_noise else 0
             noise = sequence_noise(keys, noise_shape(posterior), seed=seed, stream=Stream.INFERENCE, step=draw)
             latents = sample_from_noise(posterior, noise)
-            log_likelihood = model.log_likelihood(latents, input_ids, attention_mask, condition)
+            log_likelihood = likelihood(latents)
             bound = elbo(log_likelihood.sum(-1), charge(posterior, prior), beta)
             gradients = torch.autograd.grad(bound.sum(), parameters)
             if on_step is not None:

@@ -57,6 +57,7 @@ def langevin(
     with held(model):
         prior = model.prior(len(input_ids), model.scored_tokens(input_ids, attention_mask).sum(1), condition)
         keys = sequence_keys(input_ids, attention_mask)
+        likelihood = model.likelihood_of(input_ids, attention_mask, condition)
         shape = noise_shape(prior)
         if start is None:
             start = sequence_noise(keys, shape, seed=seed, stream=Stream.LANGEVIN)
@@ -64,7 +65,7 @@ def langevin(
         for step in range(steps):
             white.requires_grad_(True)
             latents = sample_from_noise(prior, white)
-            log_likelihood = model.log_likelihood(latents, input_ids, attention_mask, condition)
+            log_likelihood = likelihood(latents)
             log_joint = log_likelihood.sum() - 0.5 * white.square().sum()
             (gradient,) = torch.autograd.grad(log_joint, white)
             # step 0 of the stream is the start

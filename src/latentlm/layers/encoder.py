@@ -6,13 +6,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import (
-    create_bidirectional_mask,
-    create_causal_mask,
-    create_sliding_window_causal_mask,
-)
+from transformers.masking_utils import create_bidirectional_mask
 
 from latentlm.layers.transformer import TransformerBlock, rotation
+from latentlm.layers.window import causal_mask
 
 
 class TransformerEncoder(nn.Module):
@@ -31,13 +28,10 @@ class TransformerEncoder(nn.Module):
         self, x: Float[Tensor, "batch time hidden"], attention_mask: Int64[Tensor, "batch time"] | None = None
     ) -> Float[Tensor, "batch time hidden"]:
         """States of x. Positions count real tokens, so padding on either side changes nothing."""
-        given = {"config": self.config, "inputs_embeds": x, "attention_mask": attention_mask}
-        if not self.causal:
-            mask = create_bidirectional_mask(**given)
-        elif self.config.sliding_window is None:
-            mask = create_causal_mask(**given, past_key_values=None)
+        if self.causal:
+            mask = causal_mask(self.config, x, attention_mask)
         else:
-            mask = create_sliding_window_causal_mask(**given, past_key_values=None)
+            mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
         if attention_mask is None:
             position_ids = torch.arange(x.shape[1], device=x.device)[None]
         else:

@@ -11,6 +11,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from latentlm.layers.window import Window, windowed_attention
+
 Rotation = tuple[Float[Tensor, "_rows 1 _time width"], Float[Tensor, "_rows 1 _time width"]]
 
 
@@ -60,7 +62,11 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
 
     def self_attention(
-        self, x: Float[Tensor, "batch time hidden"], positions: Rotation, mask: Tensor | None, cache: Cache | None
+        self,
+        x: Float[Tensor, "batch time hidden"],
+        positions: Rotation,
+        mask: Tensor | Window | None,
+        cache: Cache | None,
     ) -> Float[Tensor, "batch time hidden"]:
         query_BHTD = rotate(self._heads(self.query(x)), positions)
         key_BHTD = rotate(self._heads(self.key(x)), positions)
@@ -91,7 +97,11 @@ class Attention(nn.Module):
                 cache.is_updated[self.layer_idx] = True
         return self._attend(query_BHTD, key_BHND, value_BHND, None)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Window | None) -> Tensor:
+        dropout = self.config.dropout if self.training else 0.0
+        if isinstance(mask, Window):
+            attended = windowed_attention(query, key, value, mask, scale=self.head_size**-0.5, dropout=dropout)
+            return self.output(attended.flatten(2))
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended_BTHD, _ = attend(
             self,
@@ -99,7 +109,7 @@ class Attention(nn.Module):
             key,
             value,
             mask,
-            dropout=self.config.dropout if self.training else 0.0,
+            dropout=dropout,
             scaling=self.head_size**-0.5,
             sliding_window=self.sliding_window,
             is_causal=self.is_causal,
@@ -143,19 +153,34 @@ class TransformerBlock(nn.Module):
         self,
         x: Float[Tensor, "batch time hidden"],
         positions: Rotation,
-        mask: Tensor | None,
+        mask: Tensor | Window | None,
         cache: Cache | None = None,
         latents: Float[Tensor, "batch latents size"] | None = None,
         latent_positions: Rotation | None = None,
+        attended: bool = False,
     ) -> Float[Tensor, "batch time hidden"]:
-        attended = self.self_attention.self_attention(self.self_norm(x), positions, mask, self_cache(cache))
-        x = x + self.dropout(attended)
+        """Args:
+        attended: x has been through `attend_tokens` already.
+        """
+        if not attended:
+            x = self.attend_tokens(x, positions, mask, cache)
         if latents is not None and latent_positions is not None:
-            attended = self.cross_attention.cross_attention(
+            of_latents = self.cross_attention.cross_attention(
                 self.cross_norm(x), latents, positions, latent_positions, cache
             )
-            x = x + self.dropout(attended)
+            x = x + self.dropout(of_latents)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+    def attend_tokens(
+        self,
+        x: Float[Tensor, "batch time hidden"],
+        positions: Rotation,
+        mask: Tensor | Window | None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch time hidden"]:
+        """x + self-attention, the block's part that no latent of its own changes."""
+        attended = self.self_attention.self_attention(self.self_norm(x), positions, mask, self_cache(cache))
+        return x + self.dropout(attended)
 
 
 def self_cache(cache: Cache | None) -> Cache | None:
