@@ -16,7 +16,6 @@ SEQ: 1024 times of batch 8, one after another, after one factorisation; asserts 
 
 import argparse
 import importlib.metadata
-import json
 import multiprocessing
 import resource
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _report import Comparison, add_json_option, write
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
@@ -132,10 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    add_json_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     figures: dict[str, Any] = {}
+    agreement, comparisons = {}, []
     versions = {name: importlib.metadata.version(name) for name in ("torch", "gpytorch")}
     setting = f"batch {BATCH}, {DIMS} dimensions, cpu, {given.threads} threads, {given.rounds} rounds"
     print(f"{setting}; {versions}", flush=True)
@@ -153,16 +154,14 @@ def main() -> None:
         error = float((ours()[0] / theirs() - 1).abs().max())
         assert error < 1e-5, error  # ours takes float32 means and variances
         pair = seconds(ours, given.rounds), seconds(theirs, 1)
-        figures[f"{name}, one dimension"] = {"ours": pair[0], "gpytorch": pair[1], "relative difference": error}
-        print(
-            f"{name}, one dimension: ours {pair[0]:.4f} s, gpytorch {pair[1]:.2f} s, "
-            f"ratio {pair[1] / pair[0]:.0f}; {error:.0e} apart"
-        )
+        agreement[name] = error
+        what = f"KL and gradients, {name}, T = 1024, one dimension"
+        comparisons.append(Comparison.of_costs(what, *pair, "s", "gpytorch"))
+        print(f"{comparisons[-1].line}; {error:.0e} apart")
     for name, taken in sequential(given.rounds).items():
         figures[f"SEQ, {name}"] = taken
         print(f"SEQ, {name}: 1024 steps of batch 8 in {taken:.3f} s (target {SEQ_SECONDS})")
-    if given.json is not None:
-        given.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    write(given.json, vars(given), comparisons, figures, agreement)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ to the largest number of each gradient. Peak memory is how far three steps raise
 
 import argparse
 import importlib.metadata
-import json
 import math
 import multiprocessing
 import statistics
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _report import Comparison, add_json_option, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -296,7 +296,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--json", type=Path)
+    add_json_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch_version = importlib.metadata.version("torch")
@@ -308,22 +308,23 @@ def main() -> None:
     )
     models = {side: made(side, given.encoder, given.vocabulary, given.length) for side in SIDES}
     input_ids = texts(given.batch, given.vocabulary, given.length)
-    figures: dict[str, Any] = {**vars(given), "json": None, "torch": torch_version}
-    figures["apart"] = assert_agreement(models, input_ids)
-    for name, apart in figures["apart"].items():
+    agreement = assert_agreement(models, input_ids)
+    for name, apart in agreement.items():
         print(f"apart in {name}: {apart:.1e}")
     times = seconds(models, input_ids, given.rounds)
+    median, best, peak = {}, {}, {}
     for side in SIDES:
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            peak = fresh.apply(megabytes, (side, given))
-        median, best = statistics.median(times[side]), min(times[side])
-        ratios = median / statistics.median(times["ours"]), best / min(times["ours"])
-        figures[side] = {"median": median, "best": best, "megabytes": peak, "ratios": ratios}
-        print(f"{side:>14}: {median:.3f} s a step (best {best:.3f} s), peak {peak:.0f} MB", end="")
-        target = f" (target {TARGET})" if side == "as published" else ""
-        print("" if side == "ours" else f"; ratio {ratios[0]:.2f}, of the best {ratios[1]:.2f}{target}")
-    if given.json is not None:
-        given.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+            peak[side] = fresh.apply(megabytes, (side, given))
+        median[side], best[f"best, {side}, s"] = statistics.median(times[side]), min(times[side])
+    step, comparisons = f"training step, {given.encoder} encoder", []
+    for side, target in (("as published", TARGET), ("with one solve", None)):
+        comparisons.append(Comparison.of_costs(step, median["ours"], median[side], "s", side, target))
+    peaks = peak["ours"], peak["as published"]
+    comparisons.append(Comparison.of_costs(f"peak memory, {given.encoder} encoder", *peaks, "MB", "as published"))
+    for one in comparisons:
+        print(one.line)
+    write(given.json, vars(given), comparisons, best, agreement)
 
 
 if __name__ == "__main__":

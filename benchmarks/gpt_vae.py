@@ -24,7 +24,6 @@ of `decode`, and cached greedy texts and their logits with one pass over the who
 import argparse
 import functools
 import importlib.metadata
-import json
 import multiprocessing
 import re
 import statistics
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _report import Comparison, add_json_option, write
 from torch import Tensor, nn
 
 from latentlm import GPTVAE, GPTVAEConfig
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="write the figures to this file, too")
+    add_json_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     models = {side: made(side, arguments.device) for side in SIDES}
@@ -244,34 +244,27 @@ def main() -> None:
         f"{arguments.device}, {arguments.threads} threads, {arguments.rounds} rounds; "
         + ", ".join(f"{name} {version}" for name, version in versions.items())
     )
-    report: dict[str, Any] = {**vars(arguments), **versions, "json": None, "parameters": {}, "ratios": {}}
+    measured: dict[str, Any] = {}
+    comparisons: list[Comparison] = []
     for side, model in models.items():
         tables = sum(part.numel() for part in model.parameters() if SIZES["vocabulary"] in part.shape)
         total = number_of_parameters(model)
-        report["parameters"][side] = {"all": total, "but vocabulary tables": total - tables}
+        measured[f"parameters, {side}"] = {"all": total, "but vocabulary tables": total - tables}
         print(f"{side:>6}: {total:,} parameters, {total - tables:,} without vocabulary tables")
     latents = torch.randn(BATCH, SIZES["latent"], generator=torch.Generator().manual_seed(2)).to(arguments.device)
-    report["agreement"] = assert_agreement(models["ours"], texts(arguments.device), latents)
-    for name, value in report["agreement"].items():
+    agreement = assert_agreement(models["ours"], texts(arguments.device), latents)
+    for name, value in agreement.items():
         print(f"ours, {name}: {value:.2g}" if isinstance(value, float) else f"ours, {name}: {value}")
-    report["peak memory, bytes"] = peaks(arguments.device, arguments.threads)
-    kinds = ("peak memory over the model", "peak memory with the model")
-    for index, kind in enumerate(kinds):
-        ours, theirs = (report["peak memory, bytes"][side][index] for side in SIDES)
-        report["ratios"][kind] = ours / theirs
-        print(
-            f"{kind}: ours {ours / 1e6:.0f} MB, theirs {theirs / 1e6:.0f} MB, "
-            f"ratio {ours / theirs:.2f} (target at most {MEMORY_TARGET})"
-        )
-    report["tokens per second"] = tokens_per_second(models, arguments.device, arguments.rounds)
-    for name, speed in report["tokens per second"].items():
-        report["ratios"][name] = speed["ours"] / speed["theirs"]
-        print(
-            f"{name}: ours {speed['ours']:.0f} tokens/s, theirs {speed['theirs']:.0f} tokens/s, "
-            f"ratio {report['ratios'][name]:.2f} (target {TARGETS[name]})"
-        )
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+    of_memory, against = peaks(arguments.device, arguments.threads), "x-transformers"
+    for index, kind in enumerate(("peak memory over the model", "peak memory with the model")):
+        ours, theirs = (of_memory[side][index] / 1e6 for side in SIDES)
+        comparisons.append(Comparison.of_costs(kind, ours, theirs, "MB", against, MEMORY_TARGET))
+        print(comparisons[-1].line)
+    for name, speed in tokens_per_second(models, arguments.device, arguments.rounds).items():
+        rates = speed["ours"], speed["theirs"]
+        comparisons.append(Comparison.of_rates(name, *rates, "tokens/s", against, TARGETS[name]))
+        print(comparisons[-1].line)
+    write(arguments.json, vars(arguments), comparisons, measured, agreement)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ asserted with its gradients, from our noise. That side has the encoder's tokens;
 
 import argparse
 import importlib.metadata
-import json
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _report import Comparison, add_json_option, write
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=32)
-    parser.add_argument("--json", type=Path)
+    add_json_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
@@ -142,9 +142,8 @@ def main() -> None:
         rows = torch.randint(1, VOCABULARY, (given.batch, 1 + given.length), generator=torch.Generator().manual_seed(1))
         rows[:, 0] = 0
         noise = sequence_noise(sequence_keys(rows), (LATENT,), seed=3, stream=Stream.SCORE)
-        figures: dict[str, Any] = {**vars(given), "json": None, **versions}
-        figures["apart"] = assert_agreement(ours, stepwise, rows, noise)
-        for name, apart in figures["apart"].items():
+        agreement = assert_agreement(ours, stepwise, rows, noise)
+        for name, apart in agreement.items():
             print(f"apart in {name}: {apart:.1e}")
         ours.keep_embeddings(Path(folder) / "kept", Texts(rows))
         kept = ours._kept
@@ -165,15 +164,18 @@ def main() -> None:
                 took = step(lambda s=side: stepwise(rows, noise) if s == "stepwise" else ours(rows).loss)  # type: ignore[misc]
                 if turn >= 0:
                     times[side].append(took)
-        published = statistics.median(times["stepwise"])
-        for side, taken in times.items():
-            median = statistics.median(taken)
-            figures[side] = {"median": median, "best": min(taken), "ratio": published / median}
-            target = TARGETS["stepwise" if side == "ours" else side]
-            against = "" if side == "stepwise" else f"; {published / median:.2f} times faster (target {target})"
-            print(f"{side:>20}: {median:.3f} s a step (best {min(taken):.3f} s){against}")
-    if given.json is not None:
-        given.json.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        median = {side: statistics.median(taken) for side, taken in times.items()}
+        comparisons = [
+            Comparison.of_costs(f"{what}, {given.injection}", median[side], median["stepwise"], "s", "stepwise", target)
+            for what, side, target in (
+                ("training step", "ours", TARGETS["stepwise"]),
+                ("training step with kept embeddings", "with kept embeddings", TARGETS["with kept embeddings"]),
+            )
+        ]
+        for one in comparisons:
+            print(one.line)
+        best = {f"best, {side}, s": min(taken) for side, taken in times.items()}
+    write(given.json, vars(given), comparisons, best, agreement)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from itertools import count
 from pathlib import Path
 
 import torch
+from _report import add_json_option, write
 
 from latentlm.data import read_documents, train_tokenizer
 from latentlm.data.recipe import DataRecipe, load_corpus
@@ -106,6 +107,7 @@ def main() -> None:
     parser.add_argument("--text", default="builtin:python-docs")
     parser.add_argument("--megabytes", type=float, nargs="+", default=[3, 10, 30])
     parser.add_argument("--folder", type=Path, help="for text and store, by default a temporary one")
+    add_json_option(parser)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -140,6 +142,7 @@ def main() -> None:
             print(f"{megabytes:>10g}{cells}{made['tokens_per_second']:>12,.0f}{sequences[-1]:>12,.0f}", flush=True)
             for path in (folder / "store").iterdir():
                 path.unlink()
+        write(arguments.json, vars(arguments), [], {"most MB of own memory, by size of the text": peaks})
         for way, values in peaks.items():
             if len(values) > 1:
                 grown = values[-1] - values[0]

@@ -5,7 +5,7 @@ are given, so that neither side infers. Asserts that both write the same tokens,
 decides (two best logits within 1e-4), and that prompts of unequal lengths continue in a batch as each does alone.
 Prints tokens per second and ratios at batch 1 and 8, and what 5 beams cost beside greedy.
 
-    python benchmarks/ltm_generation.py [--threads 2] [--repeats 3]
+    python benchmarks/ltm_generation.py [--threads 2] [--repeats 3] [--device cuda] [--json FILE]
 """
 
 import argparse
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from _report import Comparison, add_json_option, write
 from torch import Tensor
 
 from latentlm import LTM, LTMConfig
@@ -21,7 +22,7 @@ from latentlm import LTM, LTMConfig
 NEW_TOKENS = 128
 PROMPT_TOKENS = 100
 BEAMS = 5
-TARGETS = {1: 4.0, 8: 8.0}  # batch size → cached / anew
+TARGETS = {1: 4.0, 8: 15.0}  # batch size → cached / anew
 TIE = 1e-4
 
 
@@ -56,7 +57,9 @@ def assert_same(tokens: Tensor, expected: Tensor, margins: Tensor) -> int:
 def assert_unequal_lengths(model: LTM, prompts: Tensor, latents: Tensor) -> int:
     """The same for a batch of prompts of unequal lengths against each alone; returns the number of tokens compared."""
     lengths = [PROMPT_TOKENS + 1 - 9 * row for row in range(len(prompts))]
-    attention_mask = torch.stack([torch.arange(prompts.shape[1]) < length for length in lengths]).long()
+    attention_mask = torch.stack(
+        [torch.arange(prompts.shape[1], device=prompts.device) < length for length in lengths]
+    ).long()
     tokens = cached(model, prompts * attention_mask, latents, attention_mask)
     compared = 0
     for row, length in enumerate(lengths):
@@ -75,6 +78,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_json_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -82,10 +87,11 @@ def main() -> None:
         vocab_size=8192, hidden_size=256, num_hidden_layers=4, num_attention_heads=8, max_position_embeddings=512,
         sliding_window=64, latents_per_layer=8, initializer_range=0.1, bos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    model = LTM(config).eval()
-    prompts = torch.randint(1, config.vocab_size, (max(TARGETS), PROMPT_TOKENS + 1))
+    model = LTM(config).to(arguments.device).eval()
+    prompts = torch.randint(1, config.vocab_size, (max(TARGETS), PROMPT_TOKENS + 1), device=arguments.device)
     prompts[:, 0] = config.bos_token_id
-    latents = torch.randn(max(TARGETS), *model.latent_shape)
+    latents = torch.randn(max(TARGETS), *model.latent_shape, device=arguments.device)
+    comparisons, measured = [], {}
     print(
         f"{NEW_TOKENS} new tokens after {PROMPT_TOKENS}, window {config.sliding_window}, "
         f"{arguments.threads} threads, {arguments.repeats} repeats"
@@ -103,11 +109,15 @@ def main() -> None:
         median = dict(zip(ways, map(statistics.median, zip(*times, strict=True)), strict=True))
         for name, value in median.items():
             print(f"batch {batch}, {name:>7}: {batch * NEW_TOKENS / value:7.0f} tokens/s")
-        ratio = median["anew"] / median["cached"]
-        print(f"batch {batch}, ratio cached / anew: {ratio:.2f} (target {target:.0f}); {compared} tokens agree")
+        rates = [batch * NEW_TOKENS / median[name] for name in ("cached", "anew")]
+        what = f"generation, batch {batch}, {NEW_TOKENS} tokens"
+        comparisons.append(Comparison.of_rates(what, *rates, "tokens/s", "the prefix anew", target))
+        print(f"{comparisons[-1].line}; {compared} tokens agree")
+        measured[f"time of {BEAMS} beams / greedy, batch {batch}"] = median[f"{BEAMS} beams"] / median["cached"]
         print(f"batch {batch}, time of {BEAMS} beams / greedy: {median[f'{BEAMS} beams'] / median['cached']:.2f}")
     compared = assert_unequal_lengths(model, prompts, latents)
     print(f"prompts of unequal lengths in a batch and alone: {compared} tokens agree")
+    write(arguments.json, vars(arguments), comparisons, measured)
 
 
 if __name__ == "__main__":

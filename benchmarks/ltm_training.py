@@ -9,7 +9,7 @@ Prints tokens per second, FLOP/s as torch's FlopCounterMode counts them (it coun
 ratio, and how a step's time divides. The parts are timed alone, forward and backward as in a fast step, so their shares
 are estimates: the first layer's self-attention has no backward there.
 
-    python benchmarks/ltm_training.py [--threads 2] [--repeats 3]
+    python benchmarks/ltm_training.py [--threads 2] [--repeats 3] [--small] [--device cuda] [--json FILE]
 """
 
 import argparse
@@ -19,17 +19,17 @@ import time
 from collections.abc import Callable
 
 import torch
+from _report import Comparison, add_json_option, write
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
 
 from latentlm import LTM, LTMConfig
 from latentlm.distributions import Stream, diagonal_gaussian, sample_from_noise, sequence_keys, sequence_noise
-from latentlm.layers import rotation, token_log_likelihood
+from latentlm.layers import causal_mask, rotation, token_log_likelihood
 from latentlm.layers.transformer import Attention, Rotation, rotate
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TARGET = 1.5
+TARGET = {"cpu": 1.6, "cuda": 3.0}
 ADAMW = {"lr": 4e-4, "betas": (0.9, 0.95)}
 
 
@@ -47,10 +47,13 @@ def plain_attention(
 def plain_log_likelihood(model: LTM, latents: Tensor, input_ids: Tensor) -> Tensor:
     """log p(x | z) of each text, in nats."""
     config, (given, targets) = model.config, (input_ids[:, :-1], input_ids[:, 1:])
-    width, position = config.hidden_size // config.num_attention_heads, torch.arange(given.shape[1], device=DEVICE)
+    width, position = (
+        config.hidden_size // config.num_attention_heads,
+        torch.arange(given.shape[1], device=given.device),
+    )
     by = rotation(position[None], width, config.rope_theta)
     spacing = config.max_position_embeddings / config.latents_per_layer
-    latent_position = (torch.arange(config.latents_per_layer, device=DEVICE) + 0.5) * spacing
+    latent_position = (torch.arange(config.latents_per_layer, device=given.device) + 0.5) * spacing
     latent_by = rotation(latent_position[None], width, config.rope_theta)
     distance = position[:, None] - position
     mask = (distance >= 0) & (distance < config.sliding_window)
@@ -74,7 +77,7 @@ def plain_elbo(model: LTM, mean: Tensor, log_variance: Tensor, input_ids: Tensor
 def plain_infer(model: LTM, input_ids: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Algorithm 1, lines 5 to 11: μ and log σ²."""
     shape, config = (len(input_ids), *model.latent_shape), model.config
-    parameters = [torch.zeros(shape, device=DEVICE, requires_grad=True) for _ in range(2)]
+    parameters = [torch.zeros(shape, device=input_ids.device, requires_grad=True) for _ in range(2)]
     optimizer = torch.optim.Adam(
         parameters, lr=config.inference_lr, betas=(0.9, 0.95), eps=config.inference_epsilon, maximize=True
     )
@@ -112,7 +115,7 @@ def training_step(loss: Loss, model: LTM, optimizer: torch.optim.Optimizer, inpu
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
-    if DEVICE == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
@@ -140,11 +143,11 @@ def parts(model: LTM, input_ids: Tensor) -> dict[str, Callable[[], object]]:
     """What one layer's parts and the projection do in a fast step: forward, and backward to all but the weights."""
     config, (batch, length) = model.config, input_ids[:, 1:].shape
     size, width = config.hidden_size, config.hidden_size // config.num_attention_heads
-    x = torch.randn(batch, length, size, device=DEVICE, requires_grad=True)
-    z = torch.randn(batch, config.latents_per_layer, config.latent_size, device=DEVICE, requires_grad=True)
-    by = rotation(torch.arange(length, device=DEVICE)[None], width, config.rope_theta)
-    latent_by = rotation(torch.arange(config.latents_per_layer, device=DEVICE)[None], width, config.rope_theta)
-    mask = model._mask(x, None, None)
+    x = torch.randn(batch, length, size, device=model.device, requires_grad=True)
+    z = torch.randn(batch, config.latents_per_layer, config.latent_size, device=model.device, requires_grad=True)
+    by = rotation(torch.arange(length, device=model.device)[None], width, config.rope_theta)
+    latent_by = rotation(torch.arange(config.latents_per_layer, device=model.device)[None], width, config.rope_theta)
+    mask = causal_mask(model.config, x)
     layer = copy.deepcopy(model.layers[0]).requires_grad_(False)
     weight, targets = model.lm_head.weight.detach(), input_ids[:, 1:].flatten()
     work = {
@@ -163,6 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--small", action="store_true", help="a quarter of the texts")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_json_option(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -171,8 +177,9 @@ def main() -> None:
         sliding_window=64, latents_per_layer=8, inference_steps=16, inference_lr=0.3, inference_lr_decay=1.0,
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
-    model = LTM(config).to(DEVICE).train()
-    input_ids = torch.randint(1, config.vocab_size, (8, config.max_position_embeddings + 1), device=DEVICE)
+    model = LTM(config).to(arguments.device).train()
+    shape = (2 if arguments.small else 8, config.max_position_embeddings + 1)
+    input_ids = torch.randint(1, config.vocab_size, shape, device=arguments.device)
     models = {"plain": copy.deepcopy(model), "ours": model}
     losses: dict[str, Loss] = {"plain": plain_loss, "ours": our_loss}
     difference, flops = assert_agreement(model, models["plain"], input_ids)  # also warms up
@@ -189,18 +196,25 @@ def main() -> None:
     median = {name: statistics.median(values) for name, values in times.items()}
 
     tokens, steps = input_ids[:, 1:].numel(), config.inference_steps
-    print(f"{steps} fast steps and a slow one, {tokens} tokens, {DEVICE}, {arguments.threads} threads")
+    print(f"{steps} fast steps and a slow one, {tokens} tokens, {arguments.device}, {arguments.threads} threads")
     for name in models:
         print(
             f"{name:>5}: {median[name]:.2f} s a step, {tokens / median[name]:6.0f} tokens/s, "
             f"{flops[name] / 1e9:.0f} GFLOP at {flops[name] / median[name] / 1e9:.0f} GFLOP/s"
         )
-    print(f"ratio ours / plain: {median['plain'] / median['ours']:.2f} (target {TARGET})")
+    what, target = f"training step, {tokens} tokens, T = {steps}", TARGET[arguments.device]
+    against = "Algorithm 1 done plainly"
+    comparison = Comparison.of_costs(what, median["ours"], median["plain"], "s", against, target)
+    print(comparison.line)
     print(f"largest difference of μ and σ²: {difference:.1e}")
-    print(f"fast loop: {median['inference'] / median['ours']:.0%} of a step; of the loop")
+    shares = {"fast loop, of a step": median["inference"] / median["ours"]}
     for name in parts(model, input_ids):
         times_a_step = 1 if name == "fused projection" else config.num_hidden_layers
-        print(f"{name:>18}: {times_a_step * steps * median[name] / median['inference']:.0%}")
+        shares[f"{name}, of the fast loop"] = times_a_step * steps * median[name] / median["inference"]
+    for name, share in shares.items():
+        print(f"{name:>32}: {share:.0%}")
+    rates = {f"FLOP/s, {name}": flops[name] / median[name] for name in models}
+    write(arguments.json, vars(arguments), [comparison], shares | rates, {"μ and σ²": difference})
 
 
 if __name__ == "__main__":

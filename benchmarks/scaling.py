@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from _report import add_json_option, write
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import fully_shard
@@ -263,7 +264,9 @@ def communication(threads: int) -> dict[tuple[str, str, int], dict[str, float]]:
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def print_memory(skip_paper: bool) -> None:
+def print_memory(skip_paper: bool) -> dict[str, float]:
+    """Prints the table; returns its activations, in bytes per token."""
+    found = {}
     print("\nmeasured: bytes per parameter (fp32), and activations in bytes per token")
     print(f"{'model':<16}{'parameters':>12}{'weights':>9}{'gradients':>10}{'AdamW':>7}", end="")
     print("".join(f"{kind + ', ' + dtype:>17}" for dtype in ("fp32", "bf16") for kind in STEPS))
@@ -280,8 +283,10 @@ def print_memory(skip_paper: bool) -> None:
                 elif family == "LTM" and size == "paper":
                     full = {name: getattr(model.config, name) for name in WIDTH}
                     assert per_token == in_width(full, half)(shape["num_hidden_layers"])
+                found |= {f"{family}, {size}, {name}, {'bf16' if half else 'fp32'}": n for name, n in per_token.items()}
                 row += "".join(f"{per_token[kind]:>17,.0f}" if kind in per_token else f"{'–':>17}" for kind in STEPS)
             print(row, flush=True)
+    return found
 
 
 def print_wire(found: dict[tuple[str, str, int], dict[str, float]]) -> None:
@@ -339,13 +344,15 @@ def print_projection() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
+    add_json_option(parser)
     parser.add_argument("--skip-paper", action="store_true", help="only the small shape is run")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    print_memory(arguments.skip_paper)
+    activations = print_memory(arguments.skip_paper)
     found = communication(arguments.threads)
     print_wire(found)
     print_projection()
+    write(arguments.json, vars(arguments), [], {"activations, bytes per token": activations})
 
 
 if __name__ == "__main__":
