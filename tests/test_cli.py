@@ -7,13 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tests.command import LONG, SWEEP, assert_one_sentence, prepare, run
 from tests.training.runs import unchecked
 
-from latentlm import cli
+from latentlm import cli, options
 
 VERBS = ("quickstart", "train", "sweep", "evaluate", "leaderboard", "generate", "encode", "push")
 
@@ -127,8 +128,46 @@ def test_ctrl_c_ends_without_a_traceback(latentlm, monkeypatch):
 
     monkeypatch.setattr("latentlm.loading.load", interrupted)
     status, _, err = latentlm("evaluate", "model")
-    assert status == 130
-    assert "Traceback" not in err
+    assert (status, err) == (130, "latentlm: interrupted; what was saved is whole.\n")
+
+
+def test_ctrl_c_while_the_library_is_imported_ends_as_it_does_later(tmp_path):
+    """The command as it is installed, with a library whose import is interrupted."""
+    (tmp_path / "latentlm").mkdir()
+    (tmp_path / "latentlm" / "__init__.py").write_text("raise KeyboardInterrupt")
+    places = {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])}
+    ended = subprocess.run(
+        [sys.executable, "-c", "import latentlm_command; latentlm_command.main()", "evaluate"],
+        capture_output=True, text=True, env={**os.environ, **places},
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr) == (130, "latentlm: interrupted; what was saved is whole.\n")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate MODEL --data a.txt --json a.txt",
+        "evaluate MODEL --json=./a.txt --data a.txt",
+        "evaluate zero-shot MODEL ptb=a.txt --json sub/../a.txt",
+        "evaluate completions MODEL --texts a.txt --json a.txt",
+        "evaluate calibration MODEL --plot a.png --json a.png",
+        "encode MODEL --data a.npz --output a.npz",
+    ],
+)
+def test_a_file_that_is_read_or_written_already_is_not_written_over(latentlm, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.txt").write_text("kept")
+    status, _, err = latentlm(*words.split())
+    assert_one_sentence(status, err)
+    assert "is named twice" in err
+    assert (tmp_path / "a.txt").read_text() == "kept"
+
+
+def test_places_of_their_own_are_no_mistake():
+    options.check_outputs(["evaluate", "m", "--data", "a.txt", "--json", "b.json", "--texts=c.jsonl", "ptb=d.txt"])
+    options.check_outputs(["evaluate", "m", "--json"])
+    options.check_outputs([])
 
 
 def test_a_real_ctrl_c_ends_a_real_run(working_folder):
@@ -226,7 +265,7 @@ def test_sweep_shows_a_table_for_each_study_and_goes_on_where_it_was(latentlm, w
     command = ("--threads", "1", "sweep", "sweep.yaml", "training.max_steps=2", "--json", "rows.json")
     status, out, err = latentlm(*command)
     assert (status, err) == (0, "")
-    assert "2 models to train, in runs/sweep" in out
+    assert "2 models, in runs/sweep" in out
     assert "steps (1 seed)" in out and "left in runs/sweep: studies.md, studies.json, studies.png" in out
     assert "### steps (1 seed)" in (working_folder / "runs" / "sweep" / "studies.md").read_text()
     rows = json.loads((working_folder / "rows.json").read_text())
@@ -237,7 +276,8 @@ def test_sweep_shows_a_table_for_each_study_and_goes_on_where_it_was(latentlm, w
     for picture in ("studies.png", "curves.png"):
         assert (working_folder / "runs" / "sweep" / picture).read_bytes().startswith(b"\x89PNG")
     before = {path.name for path in (working_folder / "runs" / "sweep").iterdir()}
-    assert latentlm(*command)[0] == 0
+    status, out, _ = latentlm(*command)
+    assert status == 0 and "2 models, 2 of them there already, in runs/sweep" in out
     assert json.loads((working_folder / "rows.json").read_text()) == rows
     assert {path.name for path in (working_folder / "runs" / "sweep").iterdir()} == before
 

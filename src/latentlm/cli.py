@@ -10,7 +10,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 # the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
-from latentlm.endings import told_in_one_sentence
+from latentlm.endings import INTERRUPTED, told_in_one_sentence
 from latentlm.errors import InputError
 from latentlm.evaluate_commands import evaluate_app
 from latentlm.options import (
@@ -28,6 +28,7 @@ from latentlm.options import (
     Settings,
     change_inference,
     check_one_process,
+    check_outputs,
     checked_seed,
     load_model,
     terminal,
@@ -155,13 +156,16 @@ def sweep(
     from latentlm.files import write_whole
     from latentlm.training.progress import counted
     from latentlm.training.sweep import load_sweep
-    from latentlm.training.sweep_run import histories, over_seeds, run_sweep
+    from latentlm.training.sweep_run import SCORES_FILE, histories, over_seeds, run_sweep
 
     console = terminal()
     checked = load_sweep(recipe, overrides or [])
     folder = output or Path("runs") / Path(recipe).stem
     failures: list[str] = []
-    console.print(f"{checked.number_of_models} models to train, in {folder}")
+    there = sum((folder / run.folder / SCORES_FILE).exists() for run in checked.runs)
+    console.print(
+        f"{checked.number_of_models} models{f', {there} of them there already' if there else ''}, in {folder}"
+    )
     with counted(console, "sweeping") as on_progress:
         rows = run_sweep(
             checked,
@@ -417,6 +421,10 @@ def main() -> None:
         transformers_logging.set_verbosity_error()
     with told_in_one_sentence(debug):
         # click's standalone mode would end the process itself and print a usage block for every mistake
-        status = app([word for word in sys.argv[1:] if word != "--debug"], standalone_mode=False)
+        words = [word for word in sys.argv[1:] if word != "--debug"]
+        check_outputs(words)
+        status = app(words, standalone_mode=False)
+        if status == INTERRUPTED:  # typer makes it of Ctrl-C
+            raise KeyboardInterrupt
         sys.stdout.flush()
     sys.exit(status if isinstance(status, int) else 0)

@@ -11,7 +11,8 @@ from latentlm.errors import OUT_OF_MEMORY, DivergedError, InputError, out_of_mem
 from latentlm.files import reason_of
 from latentlm.processes import is_first_here
 
-_MISTAKE, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 1  # 130 as a shell numbers SIGINT, 1 as typer does for its own writes
+INTERRUPTED = 130  # as a shell numbers SIGINT, and typer
+_MISTAKE, _BROKEN_PIPE = 2, 1  # 1 as typer does for its own writes
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def told_in_one_sentence(debug: bool) -> Iterator[None]:
         _end(f"{error.filename or 'a file'} cannot be used: {reason_of(error)}.", debug)
     except (typer.Abort, KeyboardInterrupt):
         print("latentlm: interrupted; what was saved is whole.", file=sys.stderr)
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

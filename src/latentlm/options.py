@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +14,7 @@ from latentlm.errors import InputError
 from latentlm.processes import is_main, launched
 
 MOST_SAMPLES = 1_000_000
+_WRITTEN = ("--json", "--texts", "--plot", "--output")
 DATA_HELP = "A .txt, .jsonl, .tsv, .csv or .parquet file, .xz of one, a folder, hub:NAME[:CONFIG] or builtin:NAME."
 
 
@@ -103,6 +104,24 @@ def write_lines(path: Path | None, lines: Iterable[Mapping[str, Any]]) -> None:
 
     if path is not None and is_main():
         write_whole(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def check_outputs(words: Sequence[str]) -> None:
+    """Refuses a command that would write over a file it reads, or write two things to one place.
+
+    Args:
+        words: of the command line.
+    """
+    named = [(place, value) for place, word in enumerate(words) for value in {word, word.partition("=")[2]} if value]
+    for place, word in enumerate(words):
+        option, separator, value = word.partition("=")
+        if option not in _WRITTEN or (place + 1 == len(words) and not separator):
+            continue
+        own = (place,) if separator else (place, place + 1)
+        written = os.path.realpath(value if separator else words[place + 1])
+        for other, name in named:
+            if other not in own and os.path.realpath(name) == written:
+                raise InputError(f"{name} is named twice, and {option} would write over it: name another file.")
 
 
 def check_one_process(command: str) -> None:

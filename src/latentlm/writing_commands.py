@@ -168,6 +168,8 @@ def gsm8k(
     check_one_process("evaluate gsm8k")
     if shots and train is None:
         raise InputError("--shots are drawn from solved problems: give some by --train.")
+    if train is not None and not shots:
+        raise InputError("--train is what --shots are drawn from: say how many, or leave it out.")
     console = terminal()
     problems = read_problems(data, limit)
     examples = read_problems(train) if train is not None and shots else []

@@ -405,6 +405,12 @@ def test_mistakes_are_told_in_one_sentence(tasks, options, told):
     assert status == 2 and told in err
 
 
+def test_a_file_of_tasks_that_does_not_parse_is_named(tmp_path):
+    (tmp_path / "broken.yaml").write_text("task: absent\ndataset_path: [json\n")
+    with pytest.raises(InputError, match=r"broken\.yaml is no YAML: .*line"):
+        _Tasks(include_path=tmp_path, include_defaults=False).load(["absent"])
+
+
 def test_a_task_that_is_missing_is_named(tmp_path):
     # without the harness' own tasks, which take seconds to look through
     with pytest.raises(InputError, match="there is no task absent: lm-eval ls tasks"):

@@ -400,6 +400,14 @@ def test_figures_of_texts_stand_in_the_row_of_their_model(board):
     assert made.notes() == []
 
 
+@pytest.mark.parametrize(("exact", "sign"), [(True, "="), (False, "≤")])
+def test_a_generative_figure_says_whether_it_is_a_bound(board, exact, sign):
+    told = completions("runs/a")
+    told["rows"]["sampled"] |= {"generative_bits_per_byte": 1.5, "generative_exact": exact}
+    made = board(scored(2.0, model="runs/a"), told)
+    assert cells(made, "generative bits/byte, completions") == [f"{sign} 1.500"]
+
+
 def test_figures_that_are_in_no_row_are_told(board):
     calibration = {"task": "calibration", "model": "runs/a", "ece": 0.1}
     made = board(scored(2.0, model="runs/a"), completions("runs/b"), calibration)
@@ -431,8 +439,11 @@ DAMAGED = [
     ("truth.json", scored(2.0, tokens=True), "tokens must be a number, not True"),
     ("null.json", scored(2.0) | {"elbo_bits_per_byte": None}, "elbo_bits_per_byte must be a number, not None"),
     ("lacks.json", {k: v for k, v in scored().items() if k != "bytes"}, "lacks.json lacks bytes"),
-    ("zero.json", scored(2.0) | {"bytes": 0}, "bytes must be above 0, not 0"),
-    ("infinite.json", scored(2.0) | {"bytes": math.inf}, "bytes must be above 0, not inf"),
+    ("zero.json", scored(2.0) | {"bytes": 0}, "bytes must be a whole number above 0, not 0"),
+    ("infinite.json", scored(2.0) | {"bytes": math.inf}, "bytes must be a whole number above 0, not inf"),
+    ("half.json", scored(2.0) | {"bytes": 4000.5}, "bytes must be a whole number above 0, not 4000.5"),
+    ("below.json", scored(-2.0), "elbo_bits_per_byte is -"),
+    ("apart.json", scored(2.0, iw_bits_per_byte=0.1), "iw_bits_per_byte is 0.1, and its nats per token make "),
     ("exact.json", scored(2.0) | {"exact": 1}, "exact must be true or false, not 1"),
     ("flops.json", scored(2.0, training_flops="1e15"), "training_flops must be a number"),
     ("model.json", scored(2.0, model=3), "model must be a name, not 3"),

@@ -2,9 +2,8 @@
 2025 (figure 6 and appendix A.3).
 
 A model goes on after "Question: …\\nAnswer:", several times; the problem is passed if any of the texts has the right
-number. Where we differ from Kong et al.: they infer z five times for a prompt, here q(z | prompt) is inferred once and
-each trial draws its own z from it; they do not say how prompts and answers are written, how a number is found in a
-text, or where a text ends. Their control, as ours, is a beam search.
+number. As in Kong et al. z is inferred anew for each trial. They do not say how prompts and answers are written, how a
+number is found in a text, or where a text ends. Their control, as ours, is a beam search.
 """
 
 import math
@@ -170,6 +169,11 @@ def gsm8k(
         else {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": temperature or 1.0}
     )
     room = longest_text(model) - max_new_tokens
+    if room < 1:
+        raise InputError(
+            f"{max_new_tokens} new tokens leave no room for a question in the model's context of "
+            f"{longest_text(model)}: ask for fewer."
+        )
     ends = [*end_tokens(model.config), tokenizer.eos_token_id]
     records: list[dict[str, Any]] = []
     with evaluating(model):

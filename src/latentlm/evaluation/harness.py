@@ -21,12 +21,14 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval import simple_evaluate
+import yaml
+from lm_eval import evaluator, simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -320,15 +322,43 @@ class _Texts(Dataset):
 class _Tasks(TaskManager):
     """The harness' tasks, and in one sentence why one cannot be loaded."""
 
+    def __init__(self, include_path: Path | None = None, **kwargs: Any):
+        super().__init__(include_path=include_path, **kwargs)
+        self.own = include_path
+
     def load(self, task_list: Any) -> Any:
         for name in task_list:
             if not self.match_tasks([name]):
+                _check_yaml(self.own)
                 raise InputError(f"there is no task {name}: lm-eval ls tasks lists those of the harness.")
         try:
             return super().load(task_list)
         except Exception as error:  # YAML, data sets and their servers each raise their own kinds
             reason = one_sentence(error).rstrip(".")
-            raise InputError(f"{', '.join(task_list)} cannot be loaded ({reason}): check the task's data.") from error
+            raise InputError(
+                f"{', '.join(task_list)} cannot be loaded ({reason}): check the task's YAML and data."
+            ) from error
+
+
+def _check_yaml(folder: Path | None) -> None:
+    """Raises InputError for a file of tasks that is no YAML: the harness passes over it."""
+    for file in sorted(folder.rglob("*.yaml")) if folder is not None else ():
+        try:
+            for event in yaml.parse(file.read_text(encoding="utf-8")):
+                del event
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise InputError(f"{file} is no YAML: {one_sentence(error)}") from error
+
+
+@contextmanager
+def _no_git() -> Iterator[None]:
+    """Without git's complaint where the command does not run in a repository, whose commit nothing here reports."""
+    asked = getattr(evaluator, "get_git_commit_hash", None)
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked
 
 
 def harness(lm: HarnessLM, tasks: Sequence[str], *, include_path: Path | None = None, limit: int | None = None) -> Any:
@@ -353,19 +383,20 @@ def harness(lm: HarnessLM, tasks: Sequence[str], *, include_path: Path | None = 
     # to look through the harness' own tasks takes seconds
     needed = own if own is not None and all(map(own.match_tasks, [[name] for name in names])) else None
     small_seed = lm.seed % 2**32  # of numpy
-    results = simple_evaluate(
-        model=lm,
-        tasks=names,
-        task_manager=needed or _Tasks(include_path=include_path),
-        limit=limit,
-        log_samples=False,
-        bootstrap_iters=_BOOTSTRAPS,
-        batch_size=lm.batch_size,
-        random_seed=small_seed,
-        numpy_random_seed=small_seed,
-        torch_random_seed=small_seed,
-        fewshot_random_seed=small_seed,
-    )
+    with _no_git():
+        results = simple_evaluate(
+            model=lm,
+            tasks=names,
+            task_manager=needed or _Tasks(include_path=include_path),
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=_BOOTSTRAPS,
+            batch_size=lm.batch_size,
+            random_seed=small_seed,
+            numpy_random_seed=small_seed,
+            torch_random_seed=small_seed,
+            fewshot_random_seed=small_seed,
+        )
     results["config"]["cut"] = lm.cut
     for of_machine in ("pretty_env_info", "git_hash", "upper_git_hash", "config_source"):
         results.pop(of_machine, None)

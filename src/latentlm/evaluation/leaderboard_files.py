@@ -17,6 +17,7 @@ from latentlm.files import reason_of
 
 TASK = "leaderboard"
 _ROUNDED = 8  # digits
+_APART = 1e-3  # of figures that say the same in two units, where somebody has rounded them
 _SCORES_FILE = "scores.json"
 _ADVICE = "delete it, or name other files"
 #: figures without which there is no row
@@ -33,6 +34,8 @@ WRITTEN = tuple(
     for task in ("completions", "samples")
     for figure in ("mauve", "generative_perplexity", "generative_bits_per_byte", "distinct_2", "self_bleu")
 )
+#: beside them where the generative ones are of a scorer with latents, and so bounds
+GENERATIVE_BOUND = "generative_bound"
 # on which those figures depend, beside the model
 _WAYS = ("data", "scorer", "features", "prompts", "prompt_tokens", "new_tokens", "each", "number", "length")
 # of a model's folder, which are no figures and may be large
@@ -57,7 +60,7 @@ class Scored:
         seed_is_of_training: whether rows of different seeds are different trained models.
         alike: what scorings that differ in nothing but the seed share.
         settings: by which names are told apart.
-        figures: of `NEEDED` and `OPTIONAL`, and "TASK FIGURE" of `WRITTEN`.
+        figures: of `NEEDED` and `OPTIONAL`, and "TASK FIGURE" of `WRITTEN` and `GENERATIVE_BOUND`.
     """
 
     source: str
@@ -271,14 +274,23 @@ def _scored(
     figures |= {key: _number(source, told, key) for key in OPTIONAL if told.get(key) is not None}
     exact, conditional = (_truth(source, told, key) for key in ("exact", "conditional"))
     for key in ("sequences", "tokens", "bytes"):
-        if not 0 < figures[key] < math.inf:
-            raise InputError(f"{source}: {key} must be above 0, not {shown(figures[key])}: {_ADVICE}.")
+        if not isinstance(figures[key], int) or figures[key] < 1:
+            raise InputError(f"{source}: {key} must be a whole number above 0, not {shown(figures[key])}: {_ADVICE}.")
+    for bound in ("elbo", "iw"):
+        bits, nll = figures[f"{bound}_bits_per_byte"], figures[f"{bound}_nll_per_token"]
+        if not (math.isfinite(bits) and math.isfinite(nll)):
+            continue  # of a diverged model; it has no rank
+        same = nll * figures["tokens"] / math.log(2) / figures["bytes"]
+        if bits < 0 or not math.isclose(bits, same, rel_tol=_APART):
+            raise InputError(
+                f"{source}: {bound}_bits_per_byte is {bits:g}, and its nats per token make {same:g}: {_ADVICE}."
+            )
     data = told.get("data")
     if not (data is None or isinstance(data, str)):
         raise InputError(f"{source}: data must be a name, not {shown(data)}: {_ADVICE}.")
     # the noise of a scoring changes neither how long a training took nor what an exact model gives, but for rounding
-    nll = round(figures["iw_nll_per_token"], _ROUNDED) if exact else None
-    trained = (seed if training else None, figures.get("training_seconds"), nll)
+    nll_of_exact = round(figures["iw_nll_per_token"], _ROUNDED) if exact else None
+    trained = (seed if training else None, figures.get("training_seconds"), nll_of_exact)
     return Scored(
         source=source,
         name=_printable(name),
@@ -384,11 +396,13 @@ def _join(source: str, document: Mapping[str, Any], scored: list[Scored]) -> dic
     """Puts what a task measured of a model's texts beside its likelihoods; the file and why where nothing is."""
     task, model = document["task"], os.path.normpath(document["model"])
     rows = _sampled(document)
-    measured = {
+    measured: dict[str, float | int] = {
         f"{task} {figure}": _number(source, rows, figure)
         for of_task, figure in WRITTEN
         if of_task == task and rows.get(figure) is not None
     }
+    if rows.get("generative_exact") is False:
+        measured[f"{task} {GENERATIVE_BOUND}"] = 1
     if not measured:
         return {source: f"no column is of {_printable(task)} as it is there"}
     places = [place for place, one in enumerate(scored) if one.model == model]

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from latentlm.evaluation.comparison import with_spread
 from latentlm.evaluation.leaderboard import BITS_BY_ELBO, BITS_BY_IW, Leaderboard, Row, Section
-from latentlm.evaluation.leaderboard_files import WRITTEN
+from latentlm.evaluation.leaderboard_files import GENERATIVE_BOUND, WRITTEN
 from latentlm.files import make_folder, whole_file
 from latentlm.pages import NO_FORMULAE, html_page, html_picture, html_table, markdown_table, markdown_text, png
 
@@ -191,7 +191,19 @@ def _written_columns() -> list[tuple[str, Cell]]:
         "distinct_2": ("distinct-2", ".3f"),
         "self_bleu": ("self-BLEU", ".1f"),
     }
-    return [(f"{heads[figure][0]}, {task}", _figure(f"{task} {figure}", heads[figure][1])) for task, figure in WRITTEN]
+    return [(f"{heads[figure][0]}, {task}", _written(task, figure, heads[figure][1])) for task, figure in WRITTEN]
+
+
+def _written(task: str, key: str, form: str) -> Cell:
+    figure = _figure(f"{task} {key}", form)
+
+    def cell(row: Row) -> str:
+        text = figure(row)
+        if text == NOTHING or not key.startswith("generative_"):
+            return text
+        return f"{'≤' if f'{task} {GENERATIVE_BOUND}' in row.figures else '='} {text}"
+
+    return cell
 
 
 _COLUMNS: Sequence[tuple[str, Cell]] = (
