@@ -34,15 +34,24 @@ def test_the_control_is_the_count_by_hand(batch):
     assert found["inference_flops_per_token"] == 0
 
 
+def test_a_window_is_counted_by_the_blocks_that_are_computed():
+    length, block = 96, 16
+    found = training_flops(Autoregressive(AutoregressiveConfig(**SHAPE, sliding_window=5)), ids(2, length))
+    scores = (2 * H * block**2 + (length // block - 1) * 2 * H * 2 * block**2) / length
+    decoder = L * (6 * (ATTENTION + FEED_FORWARD) + 7 * scores)
+    assert found["training_flops_per_token_of_decoder"] == pytest.approx(decoder)
+
+
 @pytest.mark.parametrize("steps", [0, 1, 5])
 def test_gradient_inference_is_the_count_by_hand(steps):
     latents = {"latents_per_layer": 2, "latent_size": 8, "inference": "gradient", "inference_steps": steps}
     found = training_flops(LTM(LTMConfig(**SHAPE, **latents)), ids())
-    # a fast step moves no weight, and nothing below the first layer's latents
+    # a fast step moves no weight, and nothing below the first layer's latents, which is done once for all steps
+    once = 2 * ATTENTION + 2 * SCORES
     backward = 2 * L * FEED_FORWARD + (L - 1) * (2 * ATTENTION + 5 * SCORES)
-    fast = L * (2 * (ATTENTION + FEED_FORWARD) + 2 * SCORES) + backward
+    fast = (L - 1) * once + 2 * L * FEED_FORWARD + backward
     slow = L * (6 * (ATTENTION + FEED_FORWARD) + 7 * SCORES)
-    assert found["training_flops_per_token_of_decoder"] == steps * fast + slow
+    assert found["training_flops_per_token_of_decoder"] == once + steps * fast + slow
     assert found["training_flops_per_token_of_embeddings"] == (4 * steps + 6) * V * H
     assert found["training_flops_per_token_of_latents"] > 0
     if steps:

@@ -3,7 +3,7 @@
 A multiplication and an addition are two operations. Counted are products of matrices, attention and convolutions, as
 `torch.utils.flop_counter` does, and beside these what it leaves out: attention on a CPU, products that are added in
 place, Cholesky factors and triangular solutions. Sums, norms and softmaxes are not: they are few beside the products.
-Attention through a window counts the whole square of scores, since that is what is computed.
+Attention through a window counts the blocks of scores that are computed (`layers.window`), more than the window itself.
 """
 
 from bisect import bisect_right

@@ -220,18 +220,16 @@ class LTM(CausalLatentLM, VariationalLM):
         before: BeforeLatents | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
         self.check_latent_shape(latents)
-        attended = before is not None
+        first: Literal["whole", "rest"] = "whole" if before is None else "rest"
         x, mask, positions = before or self._embedded(input_ids, attention_mask, position_ids, past_key_values)
-        places, width = (
-            self._spread(self.config.latents_per_layer),
-            self.config.hidden_size // self.config.num_attention_heads,
-        )
-        latent_positions = rotation(places, width, self.config.rope_theta)
+        width = self.config.hidden_size // self.config.num_attention_heads
+        latent_positions = rotation(self._spread(self.config.latents_per_layer), width, self.config.rope_theta)
         if self.config.latent_prior == "transformer" and not _holds_latents(past_key_values):
             latents = self.latent_transformer(latents)
         for index, layer in enumerate(self.layers):
             own = latents[:, 0 if self.config.shared_latents else index]
-            x = layer(x, positions, mask, past_key_values, own, latent_positions, attended=attended and index == 0)
+            part = "whole" if index else first
+            x = layer(x, positions, mask, past_key_values, own, latent_positions, part=part)
         return self.norm(x)
 
     def before_latents(
@@ -239,9 +237,7 @@ class LTM(CausalLatentLM, VariationalLM):
     ) -> BeforeLatents:
         """The first layer's attention among the tokens is done before its latents are read."""
         x, mask, positions = self._embedded(input_ids, attention_mask)
-        first = self.layers[0]
-        assert isinstance(first, TransformerBlock)
-        return BeforeLatents(first.attend_tokens(x, positions, mask), mask, positions)
+        return BeforeLatents(self.layers[0](x, positions, mask, part="tokens"), mask, positions)
 
     def _embedded(
         self,

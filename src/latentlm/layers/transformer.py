@@ -3,6 +3,8 @@
 B batch · T tokens · N latents · H heads · D width of a head.
 """
 
+from typing import Literal
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -157,30 +159,22 @@ class TransformerBlock(nn.Module):
         cache: Cache | None = None,
         latents: Float[Tensor, "batch latents size"] | None = None,
         latent_positions: Rotation | None = None,
-        attended: bool = False,
+        part: Literal["whole", "tokens", "rest"] = "whole",
     ) -> Float[Tensor, "batch time hidden"]:
         """Args:
-        attended: x has been through `attend_tokens` already.
+        part: "tokens" is x + self-attention, which no latent of this block changes; "rest" what comes after it.
         """
-        if not attended:
-            x = self.attend_tokens(x, positions, mask, cache)
+        if part != "rest":
+            among_tokens = self.self_attention.self_attention(self.self_norm(x), positions, mask, self_cache(cache))
+            x = x + self.dropout(among_tokens)
+        if part == "tokens":
+            return x
         if latents is not None and latent_positions is not None:
             of_latents = self.cross_attention.cross_attention(
                 self.cross_norm(x), latents, positions, latent_positions, cache
             )
             x = x + self.dropout(of_latents)
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-
-    def attend_tokens(
-        self,
-        x: Float[Tensor, "batch time hidden"],
-        positions: Rotation,
-        mask: Tensor | Window | None,
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "batch time hidden"]:
-        """x + self-attention, the block's part that no latent of its own changes."""
-        attended = self.self_attention.self_attention(self.self_norm(x), positions, mask, self_cache(cache))
-        return x + self.dropout(attended)
 
 
 def self_cache(cache: Cache | None) -> Cache | None:
