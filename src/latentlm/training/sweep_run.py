@@ -151,7 +151,8 @@ def _end_with() -> None:
 
     Else it would train on, unseen, beside whatever is started next.
     """
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as a sweep in the background has it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = parent_process()
     if parent is not None:
 
