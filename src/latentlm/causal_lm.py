@@ -113,11 +113,24 @@ class CausalLatentLM(GeneratesFromLatents):
         condition: Any = None,
     ) -> Callable[[Tensor], Tensor]:
         before = None
-        if input_ids.shape[1] > 1:
+        if input_ids.shape[1] > 1 and self._scores_what_follows:
             with torch.no_grad():
                 seen = None if attention_mask is None else attention_mask[:, :-1]
                 before = self.before_latents(input_ids[:, :-1], seen)
+        if before is None:
+            return super().likelihood_of(input_ids, attention_mask, condition)
         return lambda latents: self._log_likelihood(latents, input_ids, attention_mask, condition, before)
+
+    @property
+    def _scores_what_follows(self) -> bool:
+        """Whether `hidden_states` and `log_likelihood` are those of `before_latents`: somebody may have others."""
+
+        def of_class(name: str) -> type:
+            return next(one for one in type(self).__mro__ if name in vars(one))
+
+        replaced = {"log_likelihood", "hidden_states"} & vars(self).keys()
+        own = of_class("log_likelihood") is CausalLatentLM and not replaced
+        return own and issubclass(of_class("before_latents"), of_class("hidden_states"))
 
     def _log_likelihood(
         self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor | None, condition: Any, before: Any = None

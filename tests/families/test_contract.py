@@ -123,6 +123,27 @@ def test_likelihood_of_a_text_is_the_log_likelihood_for_every_latent(model, side
             torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["log_likelihood", "hidden_states"])
+@pytest.mark.parametrize("how", ["of a subclass", "of an instance"])
+def test_likelihood_of_asks_what_somebody_put_in_its_place(name, how):
+    kind = type(small_model("ltm"))
+    asked = []
+
+    def other(self, *args):
+        asked.append(name)
+        return getattr(kind, name)(self, *args)
+
+    model = small_model("ltm")
+    if how == "of a subclass":
+        model.__class__ = type("Other", (kind,), {name: other})
+    else:
+        setattr(model, name, lambda *args: other(model, *args))
+    likelihood = model.likelihood_of(texts(2, 6))
+    latents = prior_latents(model, texts(2, 6))
+    assert torch.equal(likelihood(latents), small_model("ltm").log_likelihood(latents, texts(2, 6)))
+    assert asked == [name]
+
+
 def test_samples_are_decoded_one_by_one(model):
     input_ids, mask = padded(texts(4, 9), LENGTHS, "right")
     latents = prior_latents(model, input_ids, 3)
