@@ -361,6 +361,21 @@ def test_each_set_of_zero_shot_is_a_section(board):
 # ---- columns ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, True),
+        ({"data.unit": "blocks"}, True),
+        ({"data.unit": "sentences"}, False),
+        ({"data.unit": "sentences", "model.length_model": "none"}, True),
+        ({"model.length_model": "categorical"}, False),
+    ],
+)
+def test_who_is_given_the_length_is_told(board, settings, told):
+    [section] = board([of_sweep("gp", 0, 2.0, settings=settings, family="GPVAE")]).sections
+    assert any("given that of a text" in remark for remark in section.remarks()) == told
+
+
 def test_columns_say_what_a_figure_is(board):
     made = board(
         scored(2.0, exact=True, model="c", training_flops=1.2e15),

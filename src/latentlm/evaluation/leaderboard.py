@@ -104,13 +104,20 @@ class Section:
             remarks.append("The rows have different tokens: bits per byte compare them, nats per token do not.")
         if len({row.figures["sequences"] for row in self.rows}) > 1:
             remarks.append("The text is cut into different numbers of sequences: some models see more context.")
-        if any(row.family == "GPVAE" for row in self.rows):
-            remarks.append("A GPVAE is given the length of a text, whose cost is not in its figures.")
+        if any(row.family == "GPVAE" and not _pays_for_length(row) for row in self.rows):
+            remarks.append(
+                "A GPVAE without a model of the length is given that of a text, whose cost is not in its figures."
+            )
         seeds = sorted({row.seeds for row in self.rows})
         if seeds[0] < LEAST_SEEDS_OF_A_TEST:
             number = f"{' or '.join(map(str, seeds))} seed{'s' if seeds != [1] else ''}"
             remarks.append(f"Rows stand for {number}: from less than 3 a difference is a lead, no result.")
         return remarks
+
+
+def _pays_for_length(row: Row) -> bool:
+    by_default = "categorical" if row.settings.get("data.unit") == "sentences" else "none"  # as recipes have it
+    return row.settings.get("model.length_model", by_default) == "categorical"
 
 
 @dataclass(frozen=True)
