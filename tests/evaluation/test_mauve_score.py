@@ -98,6 +98,14 @@ def test_features_are_the_last_state_of_each_text_by_itself(name, words):
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-3, atol=1e-4)
 
 
+def test_a_reader_that_does_not_see_how_texts_end_is_refused(words):
+    reader = Reader(small_model("autoregressive"), words)  # of a context of 32
+    short, long = documents([5] * 9, [EOS], words), documents([5] * 60, [EOS], words)
+    assert len(features(reader, [short, long])) == 2
+    with pytest.raises(InputError, match="reads 32 tokens, and 2 of 3 texts are longer"):
+        features(reader, [short, long, long])
+
+
 def test_no_text_has_no_features(words):
     assert not len(features(Reader(small_model("autoregressive"), words), [("",)]))
 

@@ -99,6 +99,11 @@ def completions(
 
     begun = torch.stack([text[: prompt_tokens + 1] for text in chosen]).to(writer.device)
     real = new_texts(writer, [text[prompt_tokens + 1 :].tolist() for text in chosen], fixed_length)
+    known = begun[:, 1:].tolist()
+    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "on_progress": on_progress}
+    of_people = None
+    if reader is not None:  # before the work of writing, since it may refuse
+        of_people = features(reader, strings(_joined(known, real)), **options)
     rows = {}
     for done, (name, do_sample) in enumerate((("greedy", False), ("sampled", True))):
 
@@ -108,12 +113,7 @@ def completions(
 
         rows[name] = _write(writer, begun, new_tokens, each, do_sample, fixed_length, seed, progress)
     rows["human"] = Row(real)
-    known = begun[:, 1:].tolist()
     before, real_strings = strings(known), strings(real)
-    options: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "on_progress": on_progress}
-    of_people = None
-    if reader is not None:
-        of_people = features(reader, strings(_joined(known, real)), **options)
     figures, lines = {}, []
     for name, row in rows.items():
         of_each = len(row.texts) // prompts

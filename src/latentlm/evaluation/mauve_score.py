@@ -76,12 +76,21 @@ def features(
 
     Args:
         seed: of an inference that needs any.
+
+    Raises:
+        InputError: of more than half of the texts the reader would not see the end, where they differ.
     """
     check_mauve(reader)
     model, tokenizer = reader
     bos, _ = bos_and_eos(tokenizer)
     longest = model.config.max_position_embeddings  # positions: BOS is read, too
-    read = TokenTexts([[bos, *ids][:longest] for ids in document_ids(tokenizer, texts) if ids])
+    whole = [[bos, *ids] for ids in document_ids(tokenizer, texts) if ids]
+    if 2 * (cut := sum(len(ids) > longest for ids in whole)) > len(whole):
+        raise InputError(
+            f"the model of the features reads {longest} tokens, and {cut:,} of {len(whole):,} texts are longer, "
+            "so that it would not see how they end: give one of a longer context."
+        )
+    read = TokenTexts([ids[:longest] for ids in whole])
     if not len(read):
         return torch.zeros(0, 1)
     places, parts = [], []
