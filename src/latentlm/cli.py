@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from transformers.utils import logging as transformers_logging
 
-# the library is heavy to import: verbs import what they need, so that --help and mistakes answer at once
+# verbs import what they need beyond the families, which `import latentlm` has registered with transformers
 from latentlm.endings import INTERRUPTED, told_in_one_sentence
 from latentlm.errors import InputError
 from latentlm.evaluate_commands import evaluate_app
