@@ -47,10 +47,8 @@ def plain_attention(
 def plain_log_likelihood(model: LTM, latents: Tensor, input_ids: Tensor) -> Tensor:
     """log p(x | z) of each text, in nats."""
     config, (given, targets) = model.config, (input_ids[:, :-1], input_ids[:, 1:])
-    width, position = (
-        config.hidden_size // config.num_attention_heads,
-        torch.arange(given.shape[1], device=given.device),
-    )
+    width = config.hidden_size // config.num_attention_heads
+    position = torch.arange(given.shape[1], device=given.device)
     by = rotation(position[None], width, config.rope_theta)
     spacing = config.max_position_embeddings / config.latents_per_layer
     latent_position = (torch.arange(config.latents_per_layer, device=given.device) + 0.5) * spacing

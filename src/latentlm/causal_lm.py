@@ -1,7 +1,7 @@
 """What the families with an autoregressive decoder share: scoring in one pass, cached steps of generation."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -12,7 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache
 from latentlm.config import TransformerConfig
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
-from latentlm.layers import token_log_likelihood
+from latentlm.layers import causal_mask, rotation, self_cache, token_log_likelihood
+from latentlm.layers.transformer import Rotation
 
 
 @strict
@@ -28,6 +29,14 @@ class CausalConfig(TransformerConfig):
     sliding_window: int | None = 256
     tie_word_embeddings: bool = True
     use_cache: bool = True
+
+
+class Read(NamedTuple):
+    """A text as the layers take it: vectors of its tokens, the mask of causal attention, the turns of its positions."""
+
+    x: Tensor
+    mask: Any
+    positions: Rotation
 
 
 class CausalLatentLM(GeneratesFromLatents):
@@ -169,6 +178,22 @@ class CausalLatentLM(GeneratesFromLatents):
         """What the decoder reads: embeddings of tokens, less those that word dropout takes."""
         x = self.embed_tokens(input_ids)
         return x if self._seen is None or not self.training else x * self._seen[:, : x.shape[1], None]
+
+    def read(
+        self,
+        input_ids: Int64[Tensor, "batch time"],
+        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        position_ids: Int64[Tensor, "batch time"] | None = None,
+        past_key_values: Cache | None = None,
+    ) -> Read:
+        """What a decoder begins with in which a latent is no token."""
+        x = self.embedded(input_ids)
+        mask = causal_mask(self.config, x, attention_mask, self_cache(past_key_values))
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = self._positions(input_ids, attention_mask, seen)
+        width = self.config.hidden_size // self.config.num_attention_heads
+        return Read(x, mask, rotation(position_ids, width, self.config.rope_theta))
 
     def _spread(self, number: int) -> Float[Tensor, "1 number"]:
         """Positions of vectors that layers attend to, evenly spaced over the context, whatever this text's length.

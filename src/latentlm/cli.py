@@ -10,7 +10,7 @@ import typer
 from transformers.utils import logging as transformers_logging
 
 # verbs import what they need beyond the families, which `import latentlm` has registered with transformers
-from latentlm.endings import INTERRUPTED, told_in_one_sentence
+from latentlm.endings import told_in_one_sentence
 from latentlm.errors import InputError
 from latentlm.evaluate_commands import evaluate_app
 from latentlm.options import (
@@ -35,6 +35,7 @@ from latentlm.options import (
     write_json,
 )
 from latentlm.probe_commands import probe_app
+from latentlm_command import INTERRUPTED
 
 app = typer.Typer(
     name="latentlm",
@@ -156,13 +157,13 @@ def sweep(
     from latentlm.files import write_whole
     from latentlm.training.progress import counted
     from latentlm.training.sweep import load_sweep
-    from latentlm.training.sweep_run import SCORES_FILE, histories, over_seeds, run_sweep
+    from latentlm.training.sweep_run import histories, models_there, over_seeds, run_sweep
 
     console = terminal()
     checked = load_sweep(recipe, overrides or [])
     folder = output or Path("runs") / Path(recipe).stem
     failures: list[str] = []
-    there = sum((folder / run.folder / SCORES_FILE).exists() for run in checked.runs)
+    there = models_there(checked, folder)
     console.print(
         f"{checked.number_of_models} models{f', {there} of them there already' if there else ''}, in {folder}"
     )

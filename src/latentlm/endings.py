@@ -10,8 +10,8 @@ import typer
 from latentlm.errors import OUT_OF_MEMORY, DivergedError, InputError, out_of_memory
 from latentlm.files import reason_of
 from latentlm.processes import is_first_here
+from latentlm_command import end_interrupted
 
-INTERRUPTED = 130  # as a shell numbers SIGINT, and typer
 _MISTAKE, _BROKEN_PIPE = 2, 1  # 1 as typer does for its own writes
 
 
@@ -35,8 +35,7 @@ def told_in_one_sentence(debug: bool) -> Iterator[None]:
     except OSError as error:
         _end(f"{error.filename or 'a file'} cannot be used: {reason_of(error)}.", debug)
     except (typer.Abort, KeyboardInterrupt):
-        print("latentlm: interrupted; what was saved is whole.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        end_interrupted()
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -172,7 +172,7 @@ def gsm8k(
         raise InputError("--train is what --shots are drawn from: say how many, or leave it out.")
     console = terminal()
     problems = read_problems(data, limit)
-    examples = read_problems(train) if train is not None and shots else []
+    examples = read_problems(train) if train is not None else []
     loaded, tokenizer = load_model(model)
     change_inference(loaded, settings)
     with counted(console, "solving") as on_progress:

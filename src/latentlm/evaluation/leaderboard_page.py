@@ -4,6 +4,7 @@ import html
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -128,13 +129,15 @@ def grid(section: Section) -> tuple[list[str], list[list[str]], list[int]]:
     return heads, lines, [place for place, head in enumerate(heads) if head in _NAMES]
 
 
-def _figure(key: str, form: str, bound: bool = False) -> Cell:
+def _figure(key: str, form: str, exact: Callable[[Row], bool] | None = None) -> Cell:
+    """Marked = or ≤ where `exact` tells whether it is the likelihood itself or a bound."""
+
     def cell(row: Row) -> str:
         value = row.figures.get(key)
         if value is None or not math.isfinite(value):
             return NOTHING
         text = with_spread(value, row.spread.get(key, 0.0), form)
-        return f"{'=' if row.exact else '≤'} {text}" if bound else text
+        return text if exact is None else f"{'=' if exact(row) else '≤'} {text}"
 
     return cell
 
@@ -191,19 +194,16 @@ def _written_columns() -> list[tuple[str, Cell]]:
         "distinct_2": ("distinct-2", ".3f"),
         "self_bleu": ("self-BLEU", ".1f"),
     }
-    return [(f"{heads[figure][0]}, {task}", _written(task, figure, heads[figure][1])) for task, figure in WRITTEN]
+    return [
+        (f"{heads[figure][0]}, {task}", _figure(f"{task} {figure}", heads[figure][1], _scorer_is_exact(task, figure)))
+        for task, figure in WRITTEN
+    ]
 
 
-def _written(task: str, key: str, form: str) -> Cell:
-    figure = _figure(f"{task} {key}", form)
-
-    def cell(row: Row) -> str:
-        text = figure(row)
-        if text == NOTHING or not key.startswith("generative_"):
-            return text
-        return f"{'≤' if f'{task} {GENERATIVE_BOUND}' in row.figures else '='} {text}"
-
-    return cell
+def _scorer_is_exact(task: str, figure: str) -> Callable[[Row], bool] | None:
+    if not figure.startswith("generative_"):
+        return None
+    return lambda row: f"{task} {GENERATIVE_BOUND}" not in row.figures
 
 
 _COLUMNS: Sequence[tuple[str, Cell]] = (
@@ -214,11 +214,11 @@ _COLUMNS: Sequence[tuple[str, Cell]] = (
     ("of which train", _trained),
     ("training tokens", _figure("training_tokens", ",.0f")),
     ("training FLOPs", _figure("training_flops", ".2e")),
-    ("NLL by ELBO, nats/token", _figure("elbo_nll_per_token", ".4f", bound=True)),
-    ("NLL by IW, nats/token", _figure("iw_nll_per_token", ".4f", bound=True)),
+    ("NLL by ELBO, nats/token", _figure("elbo_nll_per_token", ".4f", exact=attrgetter("exact"))),
+    ("NLL by IW, nats/token", _figure("iw_nll_per_token", ".4f", exact=attrgetter("exact"))),
     ("K", _of_latents("iw_samples", ".0f")),
-    ("bits/byte by ELBO", _figure(BITS_BY_ELBO, ".4f", bound=True)),
-    ("bits/byte by IW", _figure(BITS_BY_IW, ".4f", bound=True)),
+    ("bits/byte by ELBO", _figure(BITS_BY_ELBO, ".4f", exact=attrgetter("exact"))),
+    ("bits/byte by IW", _figure(BITS_BY_IW, ".4f", exact=attrgetter("exact"))),
     ("Δ bits/byte", _difference),
     ("Δ perplexity", _perplexity),
     ("beats the control", _beats),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
-from latentlm.layers import TransformerBlock, causal_mask, rotation, self_cache
+from latentlm.layers import TransformerBlock, rotation
 from latentlm.without_latents import WithoutLatents
 
 
@@ -79,15 +79,10 @@ class Autoregressive(WithoutLatents, CausalLatentLM):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
-        x = self.embedded(input_ids)
-        mask = causal_mask(self.config, x, attention_mask, self_cache(past_key_values))
-        if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = self._positions(input_ids, attention_mask, seen)
-        width = self.config.hidden_size // self.config.num_attention_heads
-        positions = rotation(position_ids, width, self.config.rope_theta)
+        x, mask, positions = self.read(input_ids, attention_mask, position_ids, past_key_values)
         memory, memory_positions = None, None
         if self.config.memory_per_layer:
+            width = self.config.hidden_size // self.config.num_attention_heads
             memory_positions = rotation(self._spread(self.config.memory_per_layer), width, self.config.rope_theta)
         for index, layer in enumerate(self.layers):
             if self.config.memory_per_layer:

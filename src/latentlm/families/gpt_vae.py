@@ -22,15 +22,7 @@ from latentlm.causal_lm import CausalConfig, CausalLatentLM
 from latentlm.distributions import standard_normal
 from latentlm.errors import InputError
 from latentlm.latent_lm import TrainingInference
-from latentlm.layers import (
-    AttentionPooling,
-    TransformerBlock,
-    TransformerEncoder,
-    causal_mask,
-    pool,
-    rotation,
-    self_cache,
-)
+from latentlm.layers import AttentionPooling, TransformerBlock, TransformerEncoder, causal_mask, pool, rotation
 from latentlm.variational import VariationalConfig, VariationalLM
 
 
@@ -179,7 +171,7 @@ class GPTVAE(CausalLatentLM, VariationalLM):
             x = torch.cat((self.latent_tokens(latents.to(x.dtype)).unflatten(1, (number, -1)), x), dim=1)
             between = torch.arange(1, number + 1, device=x.device).expand(len(position_ids), -1)
             position_ids = torch.cat((between, position_ids), dim=1)
-        mask = causal_mask(self.config, x, attention_mask, self_cache(past_key_values), always_seen=number)
+        mask = causal_mask(self.config, x, attention_mask, past_key_values, always_seen=number)
         width = self.config.hidden_size // self.config.num_attention_heads
         positions = rotation(position_ids, width, self.config.rope_theta)
         for layer in self.layers:

@@ -9,7 +9,7 @@ learned mean and variance, or z = f(z_0) by a Transformer; weights trained on La
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, kl_divergence
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
+from latentlm.causal_lm import CausalConfig, CausalLatentLM, Read, token_cache
 from latentlm.distributions import (
     Stream,
     diagonal_gaussian,
@@ -27,8 +27,7 @@ from latentlm.distributions import (
     sequence_noise,
     standard_normal,
 )
-from latentlm.layers import AttentionPooling, TransformerBlock, TransformerEncoder, causal_mask, rotation, self_cache
-from latentlm.layers.transformer import Rotation
+from latentlm.layers import AttentionPooling, TransformerBlock, TransformerEncoder, rotation
 from latentlm.objective import elbo
 from latentlm.variational import VariationalConfig, VariationalLM
 
@@ -130,14 +129,6 @@ class LatentTransformer(nn.Module):
         return (flat + self.output(x)).view_as(latents)
 
 
-class BeforeLatents(NamedTuple):
-    """What the layers work on before they read a latent."""
-
-    x: Tensor
-    mask: Any
-    positions: Rotation
-
-
 class LTM(CausalLatentLM, VariationalLM):
     """Transformer decoder whose layer l attends to its own latents z_l [N_z, latent_size]."""
 
@@ -217,42 +208,26 @@ class LTM(CausalLatentLM, VariationalLM):
         attention_mask: Int64[Tensor, "batch seen"] | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
-        before: BeforeLatents | None = None,
+        before: Read | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
         self.check_latent_shape(latents)
-        first: Literal["whole", "rest"] = "whole" if before is None else "rest"
-        x, mask, positions = before or self._embedded(input_ids, attention_mask, position_ids, past_key_values)
+        x, mask, positions = before or self.read(input_ids, attention_mask, position_ids, past_key_values)
         width = self.config.hidden_size // self.config.num_attention_heads
         latent_positions = rotation(self._spread(self.config.latents_per_layer), width, self.config.rope_theta)
         if self.config.latent_prior == "transformer" and not _holds_latents(past_key_values):
             latents = self.latent_transformer(latents)
         for index, layer in enumerate(self.layers):
             own = latents[:, 0 if self.config.shared_latents else index]
-            part = "whole" if index else first
+            part = "whole" if index or before is None else "rest"
             x = layer(x, positions, mask, past_key_values, own, latent_positions, part=part)
         return self.norm(x)
 
     def before_latents(
         self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
-    ) -> BeforeLatents:
+    ) -> Read:
         """The first layer's attention among the tokens is done before its latents are read."""
-        x, mask, positions = self._embedded(input_ids, attention_mask)
-        return BeforeLatents(self.layers[0](x, positions, mask, part="tokens"), mask, positions)
-
-    def _embedded(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-    ) -> BeforeLatents:
-        x = self.embedded(input_ids)
-        mask = causal_mask(self.config, x, attention_mask, self_cache(past_key_values))
-        if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = self._positions(input_ids, attention_mask, seen)
-        width = self.config.hidden_size // self.config.num_attention_heads
-        return BeforeLatents(x, mask, rotation(position_ids, width, self.config.rope_theta))
+        x, mask, positions = self.read(input_ids, attention_mask)
+        return Read(self.layers[0](x, positions, mask, part="tokens"), mask, positions)
 
     def new_cache(self) -> Cache:
         return EncoderDecoderCache(token_cache(self.config), DynamicCache())

@@ -41,15 +41,15 @@ class Window:
         block = max(size, _LEAST_BLOCK)
         query = torch.arange(block, device=device)[:, None] + block
         key = torch.arange(2 * block, device=device)
-        later = ((key <= query) & (key > query - size))[None, None]
+        seen = ((key <= query) & (key > query - size))[None, None]
         if attention_mask is None:
-            return cls(block, later[..., block:], later)
+            return cls(block, seen[..., block:], seen)
         real = pad(attention_mask.bool(), (0, -length % block)).unflatten(1, (-1, block))
         both = torch.cat((real[:, :-1], real[:, 1:]), -1).flatten(0, 1)[:, None, None]
         # padding sees itself, so that no row is without a key: it would be no number, and spoil the gradients
-        later = later & (both | (key == query))
-        first = (key[:block] <= query - block) & (key[:block] > query - block - size)
-        return cls(block, first & (real[:, 0, None, None] | (key[:block] == query - block)), later)
+        itself = key == query
+        first = seen[..., block:] & (real[:, 0, None, None] | itself[:, block:])
+        return cls(block, first, seen & (both | itself))
 
 
 def causal_mask(

@@ -91,11 +91,7 @@ def _run(
     on_failure: Callable[[str], None],
 ) -> Scores:
     """Does what of these trials is not there yet; the figures of all that are there then, by run and `Trial.key`."""
-    scores = {trial.run: _scores(output / trial.run.folder) for trial in trials}
-    wanted: dict[Run, dict[str, Trial]] = {}
-    for trial in trials:
-        if trial.key not in scores[trial.run]:
-            wanted.setdefault(trial.run, {})[trial.key] = trial
+    scores, wanted = _known_and_wanted(trials, output)
     for _ in range(len(scores) - len(wanted)):
         on_run()
     if not wanted:
@@ -126,6 +122,22 @@ def _run(
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
     return scores
+
+
+def _known_and_wanted(trials: Sequence[Trial], output: Path) -> tuple[Scores, dict[Run, dict[str, Trial]]]:
+    """What is there of these trials' runs, and of each run the trials that are not, by `Trial.key`."""
+    scores = {trial.run: _scores(output / trial.run.folder) for trial in trials}
+    wanted: dict[Run, dict[str, Trial]] = {}
+    for trial in trials:
+        if trial.key not in scores[trial.run]:
+            wanted.setdefault(trial.run, {})[trial.key] = trial
+    return scores, wanted
+
+
+def models_there(sweep: Sweep, output: Path) -> int:
+    """How many of a sweep's models an earlier start of it has left, trained and scored."""
+    scores, wanted = _known_and_wanted(sweep.trials, output)
+    return len(scores) - len(wanted)
 
 
 def _best(sweep: Sweep, scores: Scores) -> list[Trial]:
