@@ -164,6 +164,11 @@ def test_a_file_that_is_read_or_written_already_is_not_written_over(latentlm, tm
     assert (tmp_path / "a.txt").read_text() == "kept"
 
 
+def test_a_folder_may_be_read_and_written_into(tmp_path):
+    """As in leaderboard FOLDER --output FOLDER: new files come beside those that are read."""
+    options.check_outputs(["leaderboard", str(tmp_path), "--output", str(tmp_path)])
+
+
 def test_places_of_their_own_are_no_mistake():
     options.check_outputs(["evaluate", "m", "--data", "a.txt", "--json", "b.json", "--texts=c.jsonl", "ptb=d.txt"])
     options.check_outputs(["evaluate", "m", "--json"])

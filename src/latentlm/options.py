@@ -119,6 +119,8 @@ def check_outputs(words: Sequence[str]) -> None:
             continue
         own = (place,) if separator else (place, place + 1)
         written = os.path.realpath(value if separator else words[place + 1])
+        if os.path.isdir(written):
+            continue  # what is written into it stands beside what is read
         for other, name in named:
             if other not in own and os.path.realpath(name) == written:
                 raise InputError(f"{name} is named twice, and {option} would write over it: name another file.")
