@@ -219,10 +219,12 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
     values = sorted({row["settings"].get(x, row.get(x)) for group in series.values() for row in group}, key=str)
     if all(isinstance(value, int | float) for value in values) and max(values, default=0) > 8 * max(min(values), 1e-9):
         panel.set_xscale("log" if min(values) > 0 else "symlog", **({} if min(values) > 0 else {"linthresh": 1}))
-        if len(values) <= _FEW:
+        if len(values) <= _FEW and all(x in row["settings"] for row in rows):  # chosen values, not measured ones
             panel.set_xticks(values, [f"{value:g}" for value in values])
             panel.set_xticks([], minor=True)
-    panel.set_xlabel(x.removeprefix("model.").replace("_", " "))
+        else:  # matplotlib's own labels, such as 3 × 10¹¹, run into one another
+            panel.tick_params(axis="x", which="both", labelsize=7, labelrotation=30)
+    panel.set_xlabel(x.removeprefix("model.").replace("_", " ").replace("flops", "FLOPs"))
 
 
 def _bounds(panel: Any, rows: Sequence[Row]) -> None:
