@@ -198,6 +198,19 @@ def test_the_runs_of_a_grid_are_one_line(tmp_path, panels):
     assert lines == [[1e10, 2e10], [4e10, 8e10]]
 
 
+def test_values_that_were_chosen_have_ticks_and_measured_ones_have_not(tmp_path, panels):
+    rows = [
+        row(f"T={steps}", settings={"model.inference_steps": steps}, training_flops=1.3e9 * steps)
+        for steps in (1, 4, 64)
+    ]
+    rows.append(row("control", exact=True, training_flops=1.3e9))  # which has no such setting
+    for x in ("model.inference_steps", "training_flops"):
+        study_plots({"s": (rows, {"x": x, "y": ["iw_nll_per_token"]})}, tmp_path / "plot.png")
+    chosen, measured = panels
+    assert list(chosen.get_xticks()) == [1, 4, 64]
+    assert not set(measured.get_xticks()) & {1.3e9, 5.2e9, 83.2e9}
+
+
 def test_each_study_has_a_panel(tmp_path, panels):
     study_plots({f"study {number}": ([row()], None) for number in range(4)}, tmp_path / "plot.png")
     assert [panel.get_title() for panel in panels] == [f"study {number}" for number in range(4)]

@@ -216,10 +216,11 @@ def _lines(panel: Any, rows: Sequence[Row], x: str, ys: Sequence[str]) -> None:
                 where, heights, yerr=spread if any(spread) else None, linestyle=style, color=f"C{index}", marker=mark,
                 markersize=4, linewidth=1.2, label=label,
             )  # fmt: skip
-    values = sorted({row["settings"].get(x, row.get(x)) for group in series.values() for row in group}, key=str)
+    drawn = [row for group in series.values() for row in group]
+    values = sorted({row["settings"].get(x, row.get(x)) for row in drawn}, key=str)
     if all(isinstance(value, int | float) for value in values) and max(values, default=0) > 8 * max(min(values), 1e-9):
         panel.set_xscale("log" if min(values) > 0 else "symlog", **({} if min(values) > 0 else {"linthresh": 1}))
-        if len(values) <= _FEW and all(x in row["settings"] for row in rows):  # chosen values, not measured ones
+        if len(values) <= _FEW and all(x in row["settings"] for row in drawn):  # chosen values, not measured ones
             panel.set_xticks(values, [f"{value:g}" for value in values])
             panel.set_xticks([], minor=True)
         else:  # matplotlib's own labels, such as 3 × 10¹¹, run into one another
