@@ -1,6 +1,6 @@
 """What the families with an autoregressive decoder share: scoring in one pass, cached steps of generation."""
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from latentlm.config import TransformerConfig
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
+from latentlm.latent_lm import Likelihood, chosen
 from latentlm.layers import causal_mask, rotation, self_cache, token_log_likelihood
 from latentlm.layers.transformer import Rotation
 
@@ -69,13 +70,22 @@ class CausalLatentLM(GeneratesFromLatents):
     def before_latents(
         self, input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None
     ) -> Any:
-        """What of the `hidden_states` of whole texts no latent changes, which these take as `before`; None: nothing."""
+        """What of the `hidden_states` of whole texts no latent changes; None: nothing.
+
+        Where it is something, `hidden_states` takes it as `before`, and as `at` [batch, number] which of the states are
+        wanted (None for all).
+        """
         return None
 
     # ---- scoring -------------------------------------------------------------------------------------------------
 
     def _scored_states(
-        self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor | None, before: Any = None
+        self,
+        latents: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        before: Any = None,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """Hidden states and targets with samples folded into the batch, and the samples' shape to unfold them with."""
         self.check_text(input_ids, attention_mask)
@@ -90,11 +100,17 @@ class CausalLatentLM(GeneratesFromLatents):
         if attention_mask is not None:
             attention_mask = attention_mask.repeat(repeats, 1)[:, :-1]
         input_ids = input_ids.repeat(repeats, 1)
+        at = None if at is None else at.repeat(repeats, 1)
+        targets = chosen(input_ids[:, 1:], at)
         if input_ids.shape[1] == 1:  # BOS alone: nothing to score, and attention refuses a text of length 0
             nothing = latents.flatten(1).sum(1)[:, None, None].expand(-1, -1, self.config.hidden_size)[:, :0]
-            return nothing.to(self.dtype), input_ids[:, 1:], samples
-        known = {} if before is None or repeats > 1 else {"before": before}
-        return self.hidden_states(latents, input_ids[:, :-1], attention_mask, **known), input_ids[:, 1:], samples
+            return nothing.to(self.dtype), targets, samples
+        if before is not None and repeats == 1:
+            states = self.hidden_states(latents, input_ids[:, :-1], attention_mask, before=before, at=at)
+        else:
+            states = self.hidden_states(latents, input_ids[:, :-1], attention_mask)
+            states = states if at is None else states.take_along_dim(at[..., None], 1)
+        return states, targets, samples
 
     def decode(
         self,
@@ -113,14 +129,14 @@ class CausalLatentLM(GeneratesFromLatents):
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
     ) -> Float[Tensor, "*samples batch scored"]:
-        return self._log_likelihood(latents, input_ids, attention_mask, condition)
+        return self._log_likelihood(input_ids, attention_mask, condition, None, latents)
 
     def likelihood_of(
         self,
         input_ids: Int64[Tensor, "batch time"],
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Likelihood:
         before = None
         if input_ids.shape[1] > 1 and self._scores_what_follows:
             with torch.no_grad():
@@ -128,7 +144,7 @@ class CausalLatentLM(GeneratesFromLatents):
                 before = self.before_latents(input_ids[:, :-1], seen)
         if before is None:
             return super().likelihood_of(input_ids, attention_mask, condition)
-        return lambda latents: self._log_likelihood(latents, input_ids, attention_mask, condition, before)
+        return partial(self._log_likelihood, input_ids, attention_mask, condition, before)
 
     @property
     def _scores_what_follows(self) -> bool:
@@ -142,12 +158,18 @@ class CausalLatentLM(GeneratesFromLatents):
         return own and issubclass(of_class("before_latents"), of_class("hidden_states"))
 
     def _log_likelihood(
-        self, latents: Tensor, input_ids: Tensor, attention_mask: Tensor | None, condition: Any, before: Any = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        condition: Any,
+        before: Any,
+        latents: Tensor,
+        at: Tensor | None = None,
     ) -> Tensor:
         if type(self.lm_head).forward is not nn.Linear.forward:  # an adapter does more than its weight says
-            return super().log_likelihood(latents, input_ids, attention_mask, condition)
-        states, targets, samples = self._scored_states(latents, input_ids, attention_mask, before)
-        scored = self.scored_tokens(input_ids, attention_mask)
+            return chosen(super().log_likelihood(latents, input_ids, attention_mask, condition), at)
+        states, targets, samples = self._scored_states(latents, input_ids, attention_mask, before, at)
+        scored = chosen(self.scored_tokens(input_ids, attention_mask), at)
         states, targets, weight = states.flatten(0, 1), targets.flatten(), self.lm_head.weight
         if attention_mask is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             log_likelihood = token_log_likelihood(states, weight, targets)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 from transformers import PreTrainedModel
@@ -35,6 +35,8 @@ from latentlm.files import write_checksums
 from latentlm.objective import elbo, free_bits, kl_distance
 from latentlm.schedules import controlled, cyclical, warm_up
 
+#: log p(x_t | z, …) of each token of given texts, or of those that the second argument names; of latents
+Likelihood = Callable[..., Tensor]
 #: the files of a saved model that hold weights
 WEIGHTS = "*.safetensors"
 # where a controller's β begins and how low it may go, as shares of the highest
@@ -177,13 +179,20 @@ class LatentLM(PreTrainedModel):
         input_ids: Int64[Tensor, "batch time"],
         attention_mask: Int64[Tensor, "batch time"] | None = None,
         condition: Any = None,
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Likelihood:
         """`log_likelihood` of these texts as a function of the latents.
 
         For many latents of the same texts under the same weights, such as the steps of an inference or the samples of a
         bound: a family may do here, once, what no latent changes. Gradients reach the latents alone.
+
+        Its second argument `at` [batch, number], if given, says which of `input_ids[:, 1:]` are wanted, and the answer
+        is [*samples, batch, number]: a family may leave out what only the others need.
         """
-        return lambda latents: self.log_likelihood(latents, input_ids, attention_mask, condition)
+
+        def likelihood(latents: Tensor, at: Tensor | None = None) -> Tensor:
+            return chosen(self.log_likelihood(latents, input_ids, attention_mask, condition), at)
+
+        return likelihood
 
     @staticmethod
     def scored_tokens(
@@ -476,6 +485,11 @@ class LatentLM(PreTrainedModel):
             )
         if not bool(torch.isfinite(latents).all()):
             raise InputError("latents hold values that are not finite: check how they were made.")
+
+
+def chosen(of_tokens: Shaped[Tensor, "*samples batch scored"], at: Int64[Tensor, "batch number"] | None) -> Tensor:
+    """Those of the tokens that `at` names, [*samples, batch, number]; all without it."""
+    return of_tokens if at is None else of_tokens.gather(-1, at.expand(*of_tokens.shape[:-1], -1))
 
 
 def _gradient_alone(value: Tensor) -> Tensor:

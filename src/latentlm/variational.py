@@ -49,6 +49,9 @@ class VariationalConfig(LatentLMConfig):
             "fixed" is μ = 0 with `inference_start_log_variance`; "learned" is a parameter for each dimension, trained
             by the gradient at the final (μ, log σ²).
         inference_start_log_variance: log σ² of the "fixed" start, and what a "learned" start and an encoder begin from.
+        inference_subsampling: k; a gradient step scores every k-th token of a text and counts it k times, which is
+            unbiased and noisier. 1 scores all. What is left out saves time where the decoder is an LTM's or another
+            whose projection onto the vocabulary is a large part of a step. Scores always count every token.
         langevin_steps, langevin_step_size, langevin_temperature: see `inference.langevin`.
     """
 
@@ -62,13 +65,14 @@ class VariationalConfig(LatentLMConfig):
     inference_epsilon: float | int = 0.3
     inference_start: Literal["prior", "fixed", "learned"] = "prior"
     inference_start_log_variance: float | int = 0.0
+    inference_subsampling: int = 1
     langevin_steps: int = 16
     langevin_step_size: float | int = 0.05
     langevin_temperature: float | int = 1.0
 
     def validate_inference(self) -> None:
         """Part of the validation of `@strict`."""
-        for name, least in (("encoder_layers", 1), ("inference_steps", 0), ("langevin_steps", 1)):
+        for name, least in (("encoder_layers", 1), ("inference_steps", 0), ("inference_subsampling", 1), ("langevin_steps", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("inference_epsilon", "langevin_step_size", "encoder_batch_norm"):
@@ -261,6 +265,7 @@ class VariationalLM(LatentLM):
             epsilon=self.config.inference_epsilon,
             seed=seed,
             renew_noise=renew_noise,
+            subsampling=self.config.inference_subsampling,
             on_step=on_step,
             **objective,
         )

@@ -35,6 +35,7 @@ class Stream(IntEnum):
     CONTINUATION = 6
     LATENT_DROPOUT = 7
     WORD_DROPOUT = 8
+    SUBSAMPLING = 9
 
 
 def _signed(value: int) -> int:

@@ -27,7 +27,7 @@ from latentlm.distributions import (
     sequence_noise,
     standard_normal,
 )
-from latentlm.layers import AttentionPooling, TransformerBlock, TransformerEncoder, rotation
+from latentlm.layers import AttentionPooling, Part, TransformerBlock, TransformerEncoder, rotation, rotation_at
 from latentlm.objective import elbo
 from latentlm.variational import VariationalConfig, VariationalLM
 
@@ -209,6 +209,7 @@ class LTM(CausalLatentLM, VariationalLM):
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         before: Read | None = None,
+        at: Int64[Tensor, "batch number"] | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
         self.check_latent_shape(latents)
         x, mask, positions = before or self.read(input_ids, attention_mask, position_ids, past_key_values)
@@ -218,7 +219,11 @@ class LTM(CausalLatentLM, VariationalLM):
             latents = self.latent_transformer(latents)
         for index, layer in enumerate(self.layers):
             own = latents[:, 0 if self.config.shared_latents else index]
-            part = "whole" if index or before is None else "rest"
+            part: Part = "whole" if index or before is None else "rest"
+            if at is not None and index == len(self.layers) - 1:
+                # no token sees another from here on, so those alone go on of which the states are wanted
+                x = layer(x, positions, mask, past_key_values, part="tokens") if part == "whole" else x
+                x, positions, part = x.take_along_dim(at[..., None], 1), rotation_at(positions, at), "rest"
             x = layer(x, positions, mask, past_key_values, own, latent_positions, part=part)
         return self.norm(x)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from latentlm.latent_lm import LatentLM
 
 ADAM_BETAS = (0.9, 0.95)  # Kong et al. 2025, appendix A.2, for both rates
+_HAVE_FUSED_ADAM = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextmanager
@@ -71,6 +72,7 @@ def infer_by_gradient(
     beta: float = 1.0,
     charge: Callable[[Distribution, Distribution], Tensor] = kl_divergence,
     renew_noise: bool = True,
+    subsampling: int = 1,
     on_step: Callable[[int, Tensor, tuple[Tensor, Tensor]], None] | None = None,
 ) -> Distribution:
     """q(z | x) after `steps` steps of Adam on (μ, log σ²) of each row; a diagonal Gaussian, or `model.posterior` of it.
@@ -92,6 +94,9 @@ def infer_by_gradient(
         charge: what the objective takes for the KL of q and p, [batch] in nats; see `LatentLM.kl_charge`.
         renew_noise: False draws one noise for all steps, as the published code does. A q that was fitted to one noise
             is over-confident, and no score with that noise is a bound; it is here to show by how much.
+        subsampling: k: each step scores every k-th of a text's tokens, from a place drawn afresh for each text and step,
+            and counts it k times. The objective of a step stays unbiased, its noise grows, and what no token sees that
+            is left out need not be computed; see `LatentLM.likelihood_of`.
         on_step: called before step t with (t, the objective of each row [batch] in nats by one sample, its gradients in
             μ and log σ² [batch, *event]).
     """
@@ -99,46 +104,54 @@ def infer_by_gradient(
     with torch.inference_mode(False):
         input_ids = input_ids.clone()
         attention_mask = None if attention_mask is None else attention_mask.clone()
-        mean = start_mean.detach().float().clone()
-        log_variance = start_log_variance.detach().float().clone()
+        # one tensor, so that a step of Adam is one kernel
+        parameters = torch.stack((start_mean.detach().float(), start_log_variance.detach().float()))
     with held(model):
-        prior = model.prior(len(input_ids), model.scored_tokens(input_ids, attention_mask).sum(1), condition)
+        scored = model.scored_tokens(input_ids, attention_mask)
+        prior = model.prior(len(input_ids), scored.sum(1), condition)
         keys = sequence_keys(input_ids, attention_mask)
         likelihood = model.likelihood_of(input_ids, attention_mask, condition)
-        parameters = (mean, log_variance)
-        moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+        parameters.requires_grad_(True)
+        # without decay, which would bias q towards (0, 1)
+        fused = parameters.device.type in _HAVE_FUSED_ADAM
+        adam = torch.optim.Adam([parameters], betas=ADAM_BETAS, eps=epsilon, maximize=True, fused=fused)
         for step in range(steps):
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            posterior = model.posterior(mean, log_variance, prior)
+            posterior = model.posterior(*parameters, prior)
             draw = step if renew_noise else 0
             noise = sequence_noise(keys, noise_shape(posterior), seed=seed, stream=Stream.INFERENCE, step=draw)
             latents = sample_from_noise(posterior, noise)
-            log_likelihood = likelihood(latents)
-            bound = elbo(log_likelihood.sum(-1), charge(posterior, prior), beta)
-            gradients = torch.autograd.grad(bound.sum(), parameters)
+            if subsampling == 1:
+                log_likelihood = likelihood(latents).sum(-1)
+            else:
+                at, counts = every_kth(scored, subsampling, keys, seed=seed, step=draw)
+                log_likelihood = subsampling * likelihood(latents, at).masked_fill(~counts, 0.0).sum(-1)
+            bound = elbo(log_likelihood, charge(posterior, prior), beta)
+            (parameters.grad,) = torch.autograd.grad(bound.sum(), parameters)
             if on_step is not None:
-                on_step(step, bound.detach(), (gradients[0], gradients[1]))
-            with torch.no_grad():
-                rate = learning_rate(step)
-                for parameter, gradient, moment in zip(parameters, gradients, moments, strict=True):
-                    _ascend(parameter, gradient, moment, step, rate, epsilon)
-    for parameter in parameters:
-        parameter.requires_grad_(False)
+                on_step(step, bound.detach(), (parameters.grad[0], parameters.grad[1]))
+            adam.param_groups[0]["lr"] = learning_rate(step)
+            adam.step()
+    mean, log_variance = parameters.detach()
     if torch.is_grad_enabled() and (start_mean.requires_grad or start_log_variance.requires_grad):
         mean = mean + (start_mean - start_mean.detach())
         log_variance = log_variance + (start_log_variance - start_log_variance.detach())
     # outside of `held`, so that a prior of which q is made learns by it
-    prior = model.prior(len(input_ids), model.scored_tokens(input_ids, attention_mask).sum(1), condition)
+    prior = model.prior(len(input_ids), scored.sum(1), condition)
     return model.posterior(mean, log_variance, prior)
 
 
-def _ascend(
-    parameter: Tensor, gradient: Tensor, moments: tuple[Tensor, Tensor], step: int, rate: float, epsilon: float
-) -> None:
-    """One step of Adam (Kingma and Ba 2015, Algorithm 1) uphill, in place. No decay: it would bias q towards (0, 1)."""
-    first, second = moments
-    first.lerp_(gradient, 1 - ADAM_BETAS[0])
-    second.mul_(ADAM_BETAS[1]).addcmul_(gradient, gradient, value=1 - ADAM_BETAS[1])
-    denominator = (second / (1 - ADAM_BETAS[1] ** (step + 1))).sqrt_().add_(epsilon)
-    parameter.addcdiv_(first, denominator, value=rate / (1 - ADAM_BETAS[0] ** (step + 1)))
+def every_kth(
+    scored: Bool[Tensor, "batch scored"], k: int, keys: Int64[Tensor, " batch"], *, seed: int, step: int
+) -> tuple[Int64[Tensor, "batch number"], Bool[Tensor, "batch number"]]:
+    """Every k-th of each row's scored tokens, from a place that belongs to (seed, sequence, step): where, and which count.
+
+    Each token is among them in one of k equally likely cases, so k times their sum is an unbiased estimate of the sum
+    over all (systematic sampling; Cochran 1977, "Sampling techniques", chapter 8). Of a text's tokens, which are alike
+    near each other, it tells more than as many drawn at random. As many for each row, ⌈time / k⌉, whatever is drawn and
+    however much is padding: the rest do not count.
+    """
+    noise = sequence_noise(keys, (1,), seed=seed, stream=Stream.SUBSAMPLING, step=step)
+    first = (torch.special.ndtr(noise) * k).long().clamp_max(k - 1)
+    chosen = scored & ((scored.cumsum(1) - 1) % k == first)
+    at = chosen.long().argsort(dim=1, descending=True, stable=True)[:, : -(-scored.shape[1] // k)]
+    return at, chosen.gather(1, at)

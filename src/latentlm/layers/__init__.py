@@ -3,18 +3,20 @@
 from latentlm.layers.convolution import CausalBlock
 from latentlm.layers.encoder import AttentionPooling, FixedScaleBatchNorm, TransformerEncoder, pool
 from latentlm.layers.projection import token_log_likelihood
-from latentlm.layers.transformer import TransformerBlock, rotation, self_cache
+from latentlm.layers.transformer import Part, TransformerBlock, rotation, rotation_at, self_cache
 from latentlm.layers.window import causal_mask
 
 __all__ = [
     "AttentionPooling",
     "CausalBlock",
     "FixedScaleBatchNorm",
+    "Part",
     "TransformerBlock",
     "TransformerEncoder",
     "causal_mask",
     "pool",
     "rotation",
+    "rotation_at",
     "self_cache",
     "token_log_likelihood",
 ]

@@ -6,7 +6,7 @@ B batch · T tokens · N latents · H heads · D width of a head.
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, EncoderDecoderCache
@@ -15,6 +15,8 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from latentlm.layers.window import Window, windowed_attention
 
+#: of a block: x + self-attention, which no latent of the block changes, or what comes after it
+Part = Literal["whole", "tokens", "rest"]
 Rotation = tuple[Float[Tensor, "_rows 1 _time width"], Float[Tensor, "_rows 1 _time width"]]
 
 
@@ -28,6 +30,13 @@ def rotation(positions: Tensor, width: int, theta: float) -> Rotation:
     angles = positions[:, None, :, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+
+
+def rotation_at(by: Rotation, at: Int64[Tensor, "batch number"]) -> Rotation:
+    """Of all positions those that each row names."""
+    where = at[:, None, :, None]
+    cos, sin = (part.expand(len(at), -1, -1, -1).take_along_dim(where, 2) for part in by)
+    return cos, sin
 
 
 def rotate(x_BHTD: Tensor, by: Rotation) -> Tensor:
@@ -159,11 +168,8 @@ class TransformerBlock(nn.Module):
         cache: Cache | None = None,
         latents: Float[Tensor, "batch latents size"] | None = None,
         latent_positions: Rotation | None = None,
-        part: Literal["whole", "tokens", "rest"] = "whole",
+        part: Part = "whole",
     ) -> Float[Tensor, "batch time hidden"]:
-        """Args:
-        part: "tokens" is x + self-attention, which no latent of this block changes; "rest" what comes after it.
-        """
         if part != "rest":
             among_tokens = self.self_attention.self_attention(self.self_norm(x), positions, mask, self_cache(cache))
             x = x + self.dropout(among_tokens)
