@@ -13,7 +13,7 @@ from latentlm.config import TransformerConfig
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
 from latentlm.latent_lm import Likelihood, chosen
-from latentlm.layers import causal_mask, rotation, self_cache, token_log_likelihood
+from latentlm.layers import causal_mask, logits_of_few, rotation, self_cache, token_log_likelihood
 from latentlm.layers.transformer import Rotation
 
 
@@ -192,7 +192,10 @@ class CausalLatentLM(GeneratesFromLatents):
         condition: Tensor | None = None,
     ) -> Float[Tensor, "batch kept vocabulary"]:
         states = self.hidden_states(latents, input_ids, attention_mask, position_ids, past_key_values)
-        return self.lm_head(states[:, -logits_to_keep:])
+        states = states[:, -logits_to_keep:]
+        if states.device.type == "cpu" and type(self.lm_head).forward is nn.Linear.forward:
+            return logits_of_few(states, self.lm_head.weight)
+        return self.lm_head(states)
 
     # ---- for the families ----------------------------------------------------------------------------------------
 

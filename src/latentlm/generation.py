@@ -173,6 +173,22 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
         """A fresh cache for `generate`; None lets GenerationMixin make its own."""
         return None
 
+    def static_cache(self, length: int) -> Cache:
+        """One that has room for so many tokens from the beginning, so that every step has the same shapes.
+
+        Raises:
+            InputError: this family has none.
+        """
+        raise InputError(f"a {type(self).__name__} has no static cache: leave cache_implementation out.")
+
+    def _cache_for(self, implementation: str | None, length: int) -> Cache | None:
+        """What transformers' `cache_implementation` asks for, with what this family keeps in it."""
+        if implementation in (None, "dynamic"):
+            return self.new_cache()
+        if implementation != "static":
+            raise InputError(f"cache_implementation is dynamic or static, not {implementation}.")
+        return self.static_cache(length)
+
     @torch.no_grad()
     def generate(
         self,
@@ -200,6 +216,8 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                 (Kong et al. 2025, section 2.3, the alternative sampling scheme). None keeps the first z.
             seed: makes the call repeatable and leaves torch's global generator alone; None draws from that generator.
             kwargs: anything else of `GenerationMixin.generate`: do_sample, temperature, top_k, top_p, num_beams …
+                With `cache_implementation="static"`, keys and values have their place from the beginning, and on a GPU
+                transformers compiles the step (`disable_compile=True` for not; `compile_config` says how).
 
         Returns:
             Token ids [batch · num_return_sequences, time] with the prompt (left-padded), or what
@@ -243,6 +261,7 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
             attention_mask = attention_mask.repeat_interleave(draws, 0)
             if of_decoder is not None:
                 condition = of_decoder = of_decoder.repeat_interleave(draws, 0)
+            implementation = kwargs.pop("cache_implementation", None)
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), FiniteScores()])
             if reinfer_every is not None:
                 return self._generate_reinferring(
@@ -253,10 +272,11 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                     every=reinfer_every,
                     max_new_tokens=max_new_tokens,
                     seed=seed,
+                    implementation=implementation,
                     **kwargs,
                 )
-            if (cache := self.new_cache()) is not None and kwargs.get("use_cache", True):
-                kwargs.setdefault("past_key_values", cache)
+            if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
+                kwargs["past_key_values"] = self._cache_for(implementation, input_ids.shape[1] + max_new_tokens)
             return GenerationMixin.generate(
                 self,
                 input_ids,
@@ -278,6 +298,7 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
         every: int,
         max_new_tokens: int,
         seed: int | None,
+        implementation: str | None,
         **kwargs: Any,
     ) -> Int64[Tensor, "rows time"]:
         """Parts of `every` tokens; a row that has ended is padded on the right and takes part no more."""
@@ -290,7 +311,10 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                 prior = self.prior(len(input_ids), max_new_tokens - begin, condition)
                 latents = self._latents_for(input_ids, attention_mask, condition, prior, 1, seed)
             new_tokens = min(every, max_new_tokens - begin)
-            given = {**kwargs, "past_key_values": self.new_cache()} if kwargs.get("use_cache", True) else {**kwargs}
+            given = {**kwargs}
+            if kwargs.get("use_cache", True):
+                # of one length for all parts, so that a compiled step serves them all
+                given["past_key_values"] = self._cache_for(implementation, text.shape[1] - begin + max_new_tokens)
             if self.decoder_condition(condition, len(input_ids)) is not None:
                 given["condition"] = condition
             rows = GenerationMixin.generate(

@@ -10,7 +10,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
 from latentlm.layers import TransformerBlock, rotation
@@ -91,5 +91,10 @@ class Autoregressive(WithoutLatents, CausalLatentLM):
         return self.norm(x)
 
     def new_cache(self) -> Cache:
-        tokens = token_cache(self.config)
+        return self._beside_memory(token_cache(self.config))
+
+    def static_cache(self, length: int) -> Cache:
+        return self._beside_memory(StaticCache(self.config, length))
+
+    def _beside_memory(self, tokens: Cache) -> Cache:
         return EncoderDecoderCache(tokens, DynamicCache()) if self.config.memory_per_layer else tokens

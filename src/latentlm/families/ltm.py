@@ -16,7 +16,7 @@ from huggingface_hub.dataclasses import strict
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, kl_divergence
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, Read, token_cache
 from latentlm.distributions import (
@@ -236,6 +236,9 @@ class LTM(CausalLatentLM, VariationalLM):
 
     def new_cache(self) -> Cache:
         return EncoderDecoderCache(token_cache(self.config), DynamicCache())
+
+    def static_cache(self, length: int) -> Cache:
+        return EncoderDecoderCache(StaticCache(self.config, length), DynamicCache())
 
 
 def _holds_latents(cache: Cache | None) -> bool:

@@ -2,7 +2,7 @@
 
 from latentlm.layers.convolution import CausalBlock
 from latentlm.layers.encoder import AttentionPooling, FixedScaleBatchNorm, TransformerEncoder, pool
-from latentlm.layers.projection import token_log_likelihood
+from latentlm.layers.projection import logits_of_few, token_log_likelihood
 from latentlm.layers.transformer import Part, TransformerBlock, rotation, rotation_at, self_cache
 from latentlm.layers.window import causal_mask
 
@@ -14,6 +14,7 @@ __all__ = [
     "TransformerBlock",
     "TransformerEncoder",
     "causal_mask",
+    "logits_of_few",
     "pool",
     "rotation",
     "rotation_at",
