@@ -13,7 +13,7 @@ from latentlm.config import TransformerConfig
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
 from latentlm.latent_lm import Likelihood, chosen
-from latentlm.layers import causal_mask, logits_of_few, rotation, self_cache, token_log_likelihood
+from latentlm.layers import SeenMask, causal_mask, logits_of_few, rotation, self_cache, token_log_likelihood
 from latentlm.layers.transformer import Rotation
 
 
@@ -60,7 +60,7 @@ class CausalLatentLM(GeneratesFromLatents):
         self,
         latents: Float[Tensor, "batch *event"],
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:
@@ -106,7 +106,8 @@ class CausalLatentLM(GeneratesFromLatents):
             nothing = latents.flatten(1).sum(1)[:, None, None].expand(-1, -1, self.config.hidden_size)[:, :0]
             return nothing.to(self.dtype), targets, samples
         if before is not None and repeats == 1:
-            states = self.hidden_states(latents, input_ids[:, :-1], attention_mask, before=before, at=at)
+            known: dict[str, Any] = {"before": before, "at": at}
+            states = self.hidden_states(latents, input_ids[:, :-1], attention_mask, **known)
         else:
             states = self.hidden_states(latents, input_ids[:, :-1], attention_mask)
             states = states if at is None else states.take_along_dim(at[..., None], 1)
@@ -185,7 +186,7 @@ class CausalLatentLM(GeneratesFromLatents):
         self,
         latents: Float[Tensor, "batch *event"],
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
@@ -207,7 +208,7 @@ class CausalLatentLM(GeneratesFromLatents):
     def read(
         self,
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Read:

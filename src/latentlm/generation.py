@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
 from latentlm.latent_lm import LatentLM, LatentLMOutput
+from latentlm.layers import SeenMask
 
 _NEW_TOKENS = 64
 
@@ -128,7 +129,7 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
         self,
         latents: Float[Tensor, "batch *event"],
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,
@@ -143,7 +144,7 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
     def forward(
         self,
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         condition: Any = None,
         latents: Float[Tensor, "batch *event"] | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,

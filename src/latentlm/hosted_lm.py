@@ -1,18 +1,16 @@
 """Families whose decoder is a causal language model of transformers, taken whole."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from latentlm.errors import InputError
 from latentlm.generation import GeneratesFromLatents
-from latentlm.pretrained import recompute_layers
+from latentlm.layers import SeenMask
 
 
 class HostedLM(GeneratesFromLatents):
@@ -24,17 +22,10 @@ class HostedLM(GeneratesFromLatents):
     language_model: PreTrainedModel
     _supports_sdpa = True
     _supports_flex_attn = True
-    supports_gradient_checkpointing = True
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
-    ) -> None:
-        # what activation_checkpointing_enable and _disable of transformers come down to
-        recompute_layers(self.language_model, gradient_checkpointing_func if enable else None, every_n_layers)
-        self.gradient_checkpointing = enable
-
-    def enable_input_require_grads(self) -> None:
-        """Nothing: transformers asks for it so that the reentrant kind of checkpoints passes gradients on."""
+    @property
+    def _recomputed(self) -> PreTrainedModel:
+        return self.language_model
 
     def given_latents(
         self, latents: Float[Tensor, "batch *event"], position_ids: Tensor, condition: Tensor | None
@@ -85,7 +76,7 @@ class HostedLM(GeneratesFromLatents):
         self,
         latents: Float[Tensor, "batch *event"],
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         logits_to_keep: int = 0,

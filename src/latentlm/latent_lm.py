@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -32,6 +33,7 @@ from latentlm.distributions import (
 )
 from latentlm.errors import InputError, one_sentence
 from latentlm.files import write_checksums
+from latentlm.layers import recompute_layers
 from latentlm.objective import elbo, free_bits, kl_distance
 from latentlm.schedules import controlled, cyclical, warm_up
 
@@ -89,6 +91,7 @@ class LatentLM(PreTrainedModel):
     config: LatentLMConfig
     config_class = LatentLMConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     #: tells the Trainer that `forward` divides by the `num_items_in_batch` of the whole accumulated batch
     accepts_loss_kwargs = True
     #: whether `log_likelihood` is log p(x) itself, so that no bound is needed
@@ -126,6 +129,21 @@ class LatentLM(PreTrainedModel):
     def annotation_labels(self) -> list[str] | None:
         """Names of the labels of texts that the model takes as a condition; None where it takes none."""
         return getattr(self.config, "annotation_labels", None)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
+    ) -> None:
+        # what activation_checkpointing_enable and _disable of transformers come down to
+        recompute_layers(self._recomputed, gradient_checkpointing_func if enable else None, every_n_layers)
+        self.gradient_checkpointing = enable
+
+    @property
+    def _recomputed(self) -> torch.nn.Module:
+        """The part of which layers are computed anew where `gradient_checkpointing` is asked for."""
+        return self
+
+    def enable_input_require_grads(self) -> None:
+        """Nothing: transformers asks for it so that the reentrant kind of checkpoints passes gradients on."""
 
     # ---- the three sentences -------------------------------------------------------------------------------------
 

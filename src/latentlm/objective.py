@@ -27,10 +27,12 @@ def elbo(
         beta: weight of the KL; only beta = 1 is a bound on log p(x) (Higgins et al. 2017, eq. 4).
 
     Raises:
-        DivergedError: the bound of a sequence is NaN. (−∞ is a bound, of a text that is impossible under q.)
+        DivergedError: the bound of a sequence is NaN; asked on a CPU alone, since elsewhere it would wait for the
+            device in every step of an inference. (−∞ is a bound, of a text that is impossible under q.)
     """
     expected = log_likelihood.flatten(0, -2).mean(0) if log_likelihood.dim() > 1 else log_likelihood
-    return _no_nan(expected - beta * kl, "the ELBO")
+    bound = expected - beta * kl
+    return _no_nan(bound, "the ELBO") if bound.device.type == "cpu" else bound
 
 
 def importance_weighted_bound(

@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +22,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, is_bitsandbytes_available
@@ -173,38 +170,6 @@ def device_of(model: PreTrainedModel) -> torch.device:
         return model.device
     devices = [device for device in model.hf_device_map.values() if device not in ("cpu", "disk")]
     return torch.device(devices[0] if devices else "cpu")
-
-
-def recompute_layers(model: PreTrainedModel, checkpoint: Callable[..., Any] | None, every: int = 1) -> None:
-    """Lets backward compute layers anew instead of keeping what they computed (Chen et al. 2016, arXiv 1604.06174).
-
-    transformers does so in training mode alone, in which a frozen model would drop out; and it drops the cache.
-
-    Args:
-        checkpoint: `torch.utils.checkpoint.checkpoint` or one like it; None keeps everything again.
-        every: of so many layers one is computed anew.
-
-    Raises:
-        InputError: a model without layers that say that they may be computed anew.
-    """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise InputError(f"a {type(model).__name__} has no layers to compute anew: do without gradient_checkpointing.")
-    for place, layer in enumerate(layers):
-        forward: Any = layer.forward
-        if isinstance(forward, partial) and forward.func is _forward_or_anew:
-            forward = forward.args[1]
-        if checkpoint is not None and place % every == 0:
-            forward = partial(_forward_or_anew, checkpoint, forward)
-        layer.forward = forward
-
-
-def _forward_or_anew(checkpoint: Callable[..., Any], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    # a cache would be written to a second time
-    if not torch.is_grad_enabled() or any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
-        return forward(*args, **kwargs)
-    # gradients of what stands in `kwargs`, among it z's keys and values, would be lost by the reentrant kind
-    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
 
 def add_lora(model: PreTrainedModel, rank: int) -> None:

@@ -8,6 +8,7 @@ langevin      weights trained on samples of p(z | x), figures as with gradient  
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -72,7 +73,12 @@ class VariationalConfig(LatentLMConfig):
 
     def validate_inference(self) -> None:
         """Part of the validation of `@strict`."""
-        for name, least in (("encoder_layers", 1), ("inference_steps", 0), ("inference_subsampling", 1), ("langevin_steps", 1)):
+        for name, least in (
+            ("encoder_layers", 1),
+            ("inference_steps", 0),
+            ("inference_subsampling", 1),
+            ("langevin_steps", 1),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
         for name in ("inference_epsilon", "langevin_step_size", "encoder_batch_norm"):
@@ -261,7 +267,7 @@ class VariationalLM(LatentLM):
             start_mean=start[0],
             start_log_variance=start[1],
             steps=self.config.inference_steps,
-            learning_rate=self._inference_rate,
+            learning_rate=partial(self._inference_rate, max(float(self.training_progress), 0.0)),
             epsilon=self.config.inference_epsilon,
             seed=seed,
             renew_noise=renew_noise,
@@ -270,9 +276,9 @@ class VariationalLM(LatentLM):
             **objective,
         )
 
-    def _inference_rate(self, step: int) -> float:
+    def _inference_rate(self, progress: float, step: int) -> float:
         config = self.config
         final = config.inference_lr if config.inference_lr_final is None else config.inference_lr_final
-        rate = linear(max(float(self.training_progress), 0.0), config.inference_lr, final)
+        rate = linear(progress, config.inference_lr, final)
         last = max(config.inference_steps - 1, 1)
         return rate * linear(step / last, 1.0, config.inference_lr_decay)

@@ -142,8 +142,6 @@ MISTAKES = [
     ("  hidden_size: 16", "  intermediate_size: 0", "intermediate_size"),
     ("  hidden_size: 16", "  max_position_embeddings: 8", "max_position_embeddings"),
     ("  vocab_size: 300", "  vocab_size: 10", "vocab_size"),
-    ("  max_steps: 3", "  gradient_checkpointing: true", "gradient_checkpointing", "is for lang_vae, huggingface"),
-    ("  max_steps: 3", "  activation_checkpointing: true", "activation_checkpointing", "leave it out"),
     ("  source: builtin:sentences", "  source: 2026-99-99", "2026-99-99", "timestamp"),
     ("  source: builtin:sentences", "  source: !!int many", "many", "int"),
     # impossible combinations

@@ -146,6 +146,15 @@ def test_bf16_trains_close_to_float32_and_keeps_float32_weights(tmp_path, unchec
     assert all(math.isfinite(grad) for grad in half.logged("grad_norm"))
 
 
+@pytest.mark.parametrize("family", ["ltm", "autoregressive", "gpt_vae", "gp_vae"])
+def test_layers_computed_anew_train_as_kept_ones(tmp_path, family):
+    kept, anew = (
+        run(tmp_path / str(switch), f"training.gradient_checkpointing={switch}", family=family).logged("loss")
+        for switch in ("false", "true")
+    )
+    assert anew == pytest.approx(kept, rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["ltm", "autoregressive"])
 def test_compiled_training_has_the_losses_of_eager_training(tmp_path, unchecked, family):

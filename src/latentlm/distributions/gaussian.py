@@ -14,10 +14,13 @@ def diagonal_gaussian(mean: Float[Tensor, "batch *event"], log_variance: Float[T
     """N(mean, exp(log_variance)) with every dimension after the first in the event; float32 whatever comes in.
 
     Raises:
-        DivergedError: a mean that is not finite, or a variance that float32 cannot hold: something has diverged.
+        DivergedError: a mean that is not finite, or a variance that float32 cannot hold: something has diverged. Asked
+            on a CPU alone: elsewhere it would wait for the device, in every step of an inference.
     """
+    validate = None if mean.device.type == "cpu" else False
     try:
-        return Independent(Normal(mean.float(), (0.5 * log_variance.float()).exp()), mean.dim() - 1)
+        normal = Normal(mean.float(), (0.5 * log_variance.float()).exp(), validate_args=validate)
+        return Independent(normal, mean.dim() - 1)
     except ValueError as error:
         raise DivergedError("the latents' mean or variance is no longer a finite number") from error
 
@@ -65,7 +68,9 @@ def _(distribution: Independent, rows: Tensor) -> Independent:
     if not isinstance(distribution.base_dist, Normal):
         raise TypeError(f"no way to select rows of independent {type(distribution.base_dist).__name__}s is registered")
     base = distribution.base_dist
-    return Independent(Normal(base.loc[rows], base.scale[rows]), distribution.reinterpreted_batch_ndims)
+    # no fewer checks and no more than the distribution had
+    of_rows = Normal(base.loc[rows], base.scale[rows], validate_args=base._validate_args)
+    return Independent(of_rows, distribution.reinterpreted_batch_ndims)
 
 
 @singledispatch

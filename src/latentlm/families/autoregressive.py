@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
-from latentlm.layers import TransformerBlock, rotation
+from latentlm.layers import SeenMask, TransformerBlock, rotation
 from latentlm.without_latents import WithoutLatents
 
 
@@ -75,7 +75,7 @@ class Autoregressive(WithoutLatents, CausalLatentLM):
         self,
         latents: Float[Tensor, "batch 0"],
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:

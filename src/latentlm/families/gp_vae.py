@@ -20,6 +20,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from latentlm.distributions import (
     RBF,
@@ -208,7 +209,7 @@ class TrajectoryEncoder(nn.Module):
         return self.mean(x).float(), self.log_variance(x)
 
 
-class ConvolutionDecoder(nn.Module):
+class ConvolutionDecoder(GradientCheckpointingLayer):
     """z plus its position, a map of each time by itself, LayerNorm, and convolutions over three times (the paper's)."""
 
     def __init__(self, config: GPVAEConfig):

@@ -22,7 +22,15 @@ from latentlm.causal_lm import CausalConfig, CausalLatentLM
 from latentlm.distributions import standard_normal
 from latentlm.errors import InputError
 from latentlm.latent_lm import TrainingInference
-from latentlm.layers import AttentionPooling, TransformerBlock, TransformerEncoder, causal_mask, pool, rotation
+from latentlm.layers import (
+    AttentionPooling,
+    SeenMask,
+    TransformerBlock,
+    TransformerEncoder,
+    causal_mask,
+    pool,
+    rotation,
+)
 from latentlm.variational import VariationalConfig, VariationalLM
 
 
@@ -153,7 +161,7 @@ class GPTVAE(CausalLatentLM, VariationalLM):
         self,
         latents: Float[Tensor, "batch size"],
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
     ) -> Float[Tensor, "batch time hidden"]:

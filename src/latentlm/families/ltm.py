@@ -27,7 +27,15 @@ from latentlm.distributions import (
     sequence_noise,
     standard_normal,
 )
-from latentlm.layers import AttentionPooling, Part, TransformerBlock, TransformerEncoder, rotation, rotation_at
+from latentlm.layers import (
+    AttentionPooling,
+    Part,
+    SeenMask,
+    TransformerBlock,
+    TransformerEncoder,
+    rotation,
+    rotation_at,
+)
 from latentlm.objective import elbo
 from latentlm.variational import VariationalConfig, VariationalLM
 
@@ -205,12 +213,12 @@ class LTM(CausalLatentLM, VariationalLM):
         self,
         latents: Float[Tensor, "batch layers latents size"],
         input_ids: Int64[Tensor, "batch time"],
-        attention_mask: Int64[Tensor, "batch seen"] | None = None,
+        attention_mask: SeenMask | None = None,
         position_ids: Int64[Tensor, "batch time"] | None = None,
         past_key_values: Cache | None = None,
         before: Read | None = None,
         at: Int64[Tensor, "batch number"] | None = None,
-    ) -> Float[Tensor, "batch time hidden"]:
+    ) -> Float[Tensor, "batch wanted hidden"]:
         self.check_latent_shape(latents)
         x, mask, positions = before or self.read(input_ids, attention_mask, position_ids, past_key_values)
         width = self.config.hidden_size // self.config.num_attention_heads

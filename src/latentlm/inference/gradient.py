@@ -22,6 +22,7 @@ from latentlm.distributions import (
     sequence_keys,
     sequence_noise,
 )
+from latentlm.errors import DivergedError
 from latentlm.inference.sharded import gathered
 from latentlm.objective import elbo
 
@@ -94,11 +95,14 @@ def infer_by_gradient(
         charge: what the objective takes for the KL of q and p, [batch] in nats; see `LatentLM.kl_charge`.
         renew_noise: False draws one noise for all steps, as the published code does. A q that was fitted to one noise
             is over-confident, and no score with that noise is a bound; it is here to show by how much.
-        subsampling: k: each step scores every k-th of a text's tokens, from a place drawn afresh for each text and step,
-            and counts it k times. The objective of a step stays unbiased, its noise grows, and what no token sees that
-            is left out need not be computed; see `LatentLM.likelihood_of`.
+        subsampling: k: each step scores every k-th of a text's tokens, from a place drawn afresh for each text and
+            step, and counts it k times. The objective of a step stays unbiased, its noise grows, and what only the
+            other tokens need is not computed; see `LatentLM.likelihood_of`.
         on_step: called before step t with (t, the objective of each row [batch] in nats by one sample, its gradients in
             μ and log σ² [batch, *event]).
+
+    Raises:
+        DivergedError: μ or log σ² is no longer finite; on a CPU after the step that made it so, elsewhere after all.
     """
     # tensors made under inference_mode cannot enter autograd; a clone made outside it can
     with torch.inference_mode(False):
@@ -116,7 +120,7 @@ def infer_by_gradient(
         fused = parameters.device.type in _HAVE_FUSED_ADAM
         adam = torch.optim.Adam([parameters], betas=ADAM_BETAS, eps=epsilon, maximize=True, fused=fused)
         for step in range(steps):
-            posterior = model.posterior(*parameters, prior)
+            posterior = model.posterior(parameters[0], parameters[1], prior)
             draw = step if renew_noise else 0
             noise = sequence_noise(keys, noise_shape(posterior), seed=seed, stream=Stream.INFERENCE, step=draw)
             latents = sample_from_noise(posterior, noise)
@@ -131,7 +135,10 @@ def infer_by_gradient(
                 on_step(step, bound.detach(), (parameters.grad[0], parameters.grad[1]))
             adam.param_groups[0]["lr"] = learning_rate(step)
             adam.step()
-    mean, log_variance = parameters.detach()
+    parameters = parameters.detach()
+    if parameters.device.type != "cpu":
+        check_finite(parameters)
+    mean, log_variance = parameters
     if torch.is_grad_enabled() and (start_mean.requires_grad or start_log_variance.requires_grad):
         mean = mean + (start_mean - start_mean.detach())
         log_variance = log_variance + (start_log_variance - start_log_variance.detach())
@@ -140,15 +147,23 @@ def infer_by_gradient(
     return model.posterior(mean, log_variance, prior)
 
 
+def check_finite(parameters: Float[Tensor, "two batch *event"]) -> None:
+    """Raises DivergedError unless μ and log σ² are finite: once for all steps, since it waits for the device."""
+    if not bool(parameters.isfinite().all()):
+        raise DivergedError("the latents' mean or variance is no longer a finite number")
+
+
 def every_kth(
     scored: Bool[Tensor, "batch scored"], k: int, keys: Int64[Tensor, " batch"], *, seed: int, step: int
 ) -> tuple[Int64[Tensor, "batch number"], Bool[Tensor, "batch number"]]:
-    """Every k-th of each row's scored tokens, from a place that belongs to (seed, sequence, step): where, and which count.
+    """Every k-th of each row's scored tokens, from a place that belongs to (seed, sequence, step).
+
+    Returns where they are, and which of these count: ⌈time / k⌉ are named in each row, whatever was drawn and however
+    much of it is padding, so that shapes do not depend on it.
 
     Each token is among them in one of k equally likely cases, so k times their sum is an unbiased estimate of the sum
     over all (systematic sampling; Cochran 1977, "Sampling techniques", chapter 8). Of a text's tokens, which are alike
-    near each other, it tells more than as many drawn at random. As many for each row, ⌈time / k⌉, whatever is drawn and
-    however much is padding: the rest do not count.
+    near each other, it tells more than as many drawn at random.
     """
     noise = sequence_noise(keys, (1,), seed=seed, stream=Stream.SUBSAMPLING, step=step)
     first = (torch.special.ndtr(noise) * k).long().clamp_max(k - 1)

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 
 class CausalConvolution(nn.Conv1d):
@@ -61,7 +62,7 @@ class CausalSqueezeExcite(nn.Module):
         return x * self.excite(F.silu(self.squeeze(until_now))).sigmoid()
 
 
-class CausalBlock(nn.Module):
+class CausalBlock(GradientCheckpointingLayer):
     """x + dropout(gate(convolution(x))): one of a stack of dilations (Bai et al. 2018, arXiv 1803.01271).
 
     Args:

@@ -12,11 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+#: which tokens of the text and of the cache are real; or, made of that for a static cache, which of it each token sees
+SeenMask = Int64[Tensor, "batch seen"] | Shaped[Tensor, "batch 1 _time _cached"]
 
 _LEAST_BLOCK = 16  # below it the calls cost more than the products
 _LEAST_BLOCKS = 4  # of a text; with fewer, what is saved is less than what cutting costs
@@ -55,7 +58,7 @@ class Window:
 def causal_mask(
     config: PreTrainedConfig,
     x: Float[Tensor, "batch time hidden"],
-    attention_mask: Int64[Tensor, "batch seen"] | None = None,
+    attention_mask: SeenMask | None = None,
     past_key_values: Any = None,
     always_seen: int = 0,
 ) -> Any:

@@ -44,7 +44,6 @@ _OURS = {
 # what no family here follows yet
 _WITHOUT_EFFECT = {"label_smoothing_factor", "push_to_hub"}
 # what families around a model of transformers follow; transformers has two names for it
-_CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")
 # counts by which transformers would divide, or with which a run fails in its middle
 _AT_LEAST_ONE = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"}
 # more is a slip of the hand, and overflows in the middle of a run
@@ -305,10 +304,6 @@ def _check(document: dict[str, Any], places: dict[tuple[str, ...], str], name: s
             owner = "comes from the data" if key in of_tokenizer else "is no field of the family"
             raise InputError(f"{places[('model', key)]}: model.{key} {owner}{_hint(key, config_fields)}.")
     _check_training(document["training"], places)
-    for key in _CHECKPOINTING:
-        if document["training"].get(key) and not family.supports_gradient_checkpointing:
-            able = ", ".join(name for name, one in FAMILIES.items() if one.supports_gradient_checkpointing)
-            raise InputError(f"{places[('training', key)]}: training.{key} is for {able}: leave it out.")
     if data.streaming and document["training"].get("max_steps", -1) < 1:
         raise InputError(f"{places[('training',)]}: streamed text has no known length: give training.max_steps.")
     recipe = Recipe(family, model, data, dict(document["training"]), evaluation, encoder, document)
