@@ -6,13 +6,14 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/stamp
+BENCH := .venv/bench
 LOG := .venv/install.log
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint bench setup clean
+.PHONY: help quickstart test test-slow lint bench bench-gpu setup clean
 
 help:  ## list the targets
 	@echo "make TARGET [ARGS='more arguments for the command'] [PYTHON=python3.12]"
@@ -39,16 +40,17 @@ lint: $(STAMP)  ## check style, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy src
 
-bench: $(STAMP)  ## run each script in benchmarks/ in turn (those named _*.py are helpers)
-	@ran=0; failed=; \
-	for script in benchmarks/[!_]*.py; do \
-	  [ -f "$$script" ] || continue; \
-	  ran=$$((ran + 1)); \
-	  echo "== $$script"; \
-	  $(BIN)/python "$$script" $(ARGS) || failed="$$failed $$script"; \
-	done; \
-	if [ $$ran -eq 0 ]; then echo "No benchmarks yet: there is no script in benchmarks/."; fi; \
-	if [ -n "$$failed" ]; then echo "Failed:$$failed" >&2; exit 1; fi
+bench: $(STAMP) $(BENCH)  ## run all benchmarks small, one table of ratios (about 5 minutes); figures in benchmarks/results
+	$(BIN)/python benchmarks/_suite.py $(ARGS)
+
+bench-gpu: $(STAMP) $(BENCH)  ## those that have a GPU to be fast on, at full size, on CUDA
+	$(BIN)/python benchmarks/_suite.py --device cuda --whole $(ARGS)
+
+# the peers that the benchmarks compare with
+$(BENCH): $(STAMP)
+	@echo "Installing the peers that benchmarks compare with ..."
+	@$(PIP) install -c constraints.txt -e '.[bench]' >> $(LOG) 2>&1 || { tail -n 30 $(LOG); exit 1; } >&2
+	@touch $(BENCH)
 
 setup: $(STAMP)  ## only install, into .venv
 

@@ -24,6 +24,8 @@ HERE = Path(__file__).parent
 # options that make each one small; together less than five minutes on two cores
 SMALL: dict[str, list[str]] = {
     "ltm_training": ["--small", "--repeats", "3"],
+    "step_profile": ["--batch", "1", "--rounds", "2"],
+    "memory": ["--batch", "2", "--skip-paper"],
     "ltm_generation": ["--repeats", "1"],
     "gpt_vae": ["--rounds", "3"],
     "gp_vae": ["--rounds", "3"],
@@ -33,7 +35,7 @@ SMALL: dict[str, list[str]] = {
     "scaling": ["--skip-paper"],
 }
 WHOLE: dict[str, list[str]] = {"large_data": ["--megabytes", "3", "30"], "gp_prior": ["--threads", "2"]}
-ON_GPU = ("ltm_training", "ltm_generation", "gpt_vae")
+ON_GPU = ("ltm_training", "ltm_generation", "gpt_vae", "step_profile")
 
 
 def run(name: str, options: list[str]) -> dict[str, Any]:

@@ -21,8 +21,14 @@ WHOLE = {
     "gpt_vae": ["--rounds", "1"],
     "large_data": ["--megabytes", "3"],
     "ltm_generation": ["--repeats", "1", "--threads", "1"],
-    "ltm_training": ["--repeats", "1", "--threads", "1"],
+    "ltm_training": ["--repeats", "1", "--threads", "1", "--small", "--each"],
+    "memory": ["--batch", "2"],
     "scaling": ["--skip-paper"],
+    "step_profile": ["--batch", "1", "--rounds", "1", "--threads", "1"],
+    "time_to_quality": [
+        *("--train", "builtin:stories", "--valid", "builtin:stories", "--nll", "5", "--most", "4", "--every", "2"),
+        *("--sequences", "4", "--threads", "1"),
+    ],
 }
 
 

@@ -4,9 +4,12 @@ Plainly is: attention by transformers' eager form under dense masks; logits of t
 and the targets' part of it; every sample and every step of an inference through the whole decoder.
 """
 
+import jaxtyping
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from tests.toy import VARIANTS, padded, prior_latents, small_variant, texts
+from torch._dynamo.backends.common import aot_autograd
 
 from latentlm import LatentLM
 from latentlm.distributions import sequence_keys
@@ -259,3 +262,31 @@ def test_fast_steps_ask_the_device_nothing(variant, monkeypatch):
     output = model(torch.zeros(4, 20, dtype=torch.int64, device="meta"), seed=1)
     output.loss.backward()
     assert output.nll.shape == (4,)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_fast_steps_have_gradients_of_latents_alone(monkeypatch):
+    """A compiled backward computes what its graph was made for: of weights, too, if these asked when it was made."""
+    graphs = []
+
+    def backward(graph, _inputs):
+        (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
+        graphs.append([tuple(one.meta["val"].shape) for one in outputs if one is not None])
+        return make_boxed_func(graph.forward)
+
+    jaxtyping.config.update("jaxtyping_disable", True)  # checks of shapes cannot be compiled
+    try:
+        model, input_ids = small_variant("learned start").train(), texts(2, 9)
+        plain = model(input_ids, seed=1).loss
+        compiler = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=backward)
+        loss = torch.compile(model, backend=compiler)(input_ids, seed=1).loss
+        loss.backward()
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+        torch.compiler.reset()
+    torch.testing.assert_close(loss, plain)
+    latents = (2, *model.latent_shape)
+    weights = [shapes for shapes in graphs if (64, 16) in shapes]  # of a feed-forward layer
+    assert len(weights) == 1  # the slow step's
+    assert [latents] in graphs  # the likelihood of a fast step
