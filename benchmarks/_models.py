@@ -1,5 +1,7 @@
 """One model of each family at one size, for benchmarks that look at all of them."""
 
+import atexit
+import functools
 import tempfile
 from pathlib import Path
 
@@ -32,10 +34,9 @@ def model(family: str, inference_steps: int = 4) -> LatentLM:
     """In training mode, with random weights; of LangVAE the frozen parts are GPT-2's and BERT's shapes, 6 × 384."""
     torch.manual_seed(0)
     if family == "lang_vae":
-        with tempfile.TemporaryDirectory() as folder:
-            decoder, encoder = parts(Path(folder))
-            names = {"decoder_name": decoder, "encoder_name": encoder}
-            return LangVAE(LangVAEConfig(**_OF_TEXT, **names, latent_size=64, max_position_embeddings=LENGTH)).train()
+        decoder, encoder = _pretrained()
+        names = {"decoder_name": decoder, "encoder_name": encoder}
+        return LangVAE(LangVAEConfig(**_OF_TEXT, **names, latent_size=64, max_position_embeddings=LENGTH)).train()
     if family == "gp_vae":  # a window is of attention, which it has none of
         return GPVAE(GPVAEConfig(**_OF_TEXT, hidden_size=WIDTH, latent_size=64, max_position_embeddings=LENGTH)).train()
     if family == "gpt_vae":
@@ -44,6 +45,13 @@ def model(family: str, inference_steps: int = 4) -> LatentLM:
     if family == "ltm":
         return LTM(LTMConfig(**decoder, latents_per_layer=8, inference_steps=inference_steps)).train()
     return Autoregressive(AutoregressiveConfig(**decoder)).train()
+
+
+@functools.cache
+def _pretrained() -> tuple[str, str]:
+    folder = tempfile.TemporaryDirectory()  # the tokenizers are read when texts come
+    atexit.register(folder.cleanup)
+    return parts(Path(folder.name))
 
 
 def texts(batch: int, length: int = LENGTH, device: str = "cpu") -> torch.Tensor:

@@ -34,7 +34,12 @@ SMALL: dict[str, list[str]] = {
     "large_data": ["--megabytes", "3"],
     "scaling": ["--skip-paper"],
 }
-WHOLE: dict[str, list[str]] = {"large_data": ["--megabytes", "3", "30"], "gp_prior": ["--threads", "2"]}
+WHOLE: dict[str, list[str]] = {
+    "ltm_training": ["--each"],
+    "ltm_generation": ["--compiled"],
+    "large_data": ["--megabytes", "3", "30"],
+    "gp_prior": ["--threads", "2"],
+}
 ON_GPU = ("ltm_training", "ltm_generation", "gpt_vae", "step_profile")
 
 

@@ -5,7 +5,10 @@ are given, so that neither side infers. Asserts that both write the same tokens,
 decides (two best logits within 1e-4), and that prompts of unequal lengths continue in a batch as each does alone.
 Prints tokens per second and ratios at batch 1 and 8, and what 5 beams cost beside greedy.
 
-    python benchmarks/ltm_generation.py [--threads 2] [--repeats 3] [--device cuda] [--json FILE]
+With --compiled also through a static cache with a compiled step, which CUDA has without asking and a CPU never
+(transformers' rule); compiling takes about half a minute for each batch size, and is not counted.
+
+    python benchmarks/ltm_generation.py [--threads 2] [--repeats 3] [--compiled] [--device cuda] [--json FILE]
 """
 
 import argparse
@@ -16,6 +19,7 @@ from collections.abc import Callable
 import torch
 from _report import Comparison, add_json_option, write
 from torch import Tensor
+from transformers import CompileConfig
 
 from latentlm import LTM, LTMConfig
 
@@ -46,6 +50,13 @@ def cached(
     )
 
 
+def compiled(model: LTM, input_ids: Tensor, latents: Tensor) -> Tensor:
+    how = CompileConfig(mode=None, fullgraph=False)
+    how._compile_all_devices = True  # CPUs, too
+    given = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "compile_config": how}
+    return model.generate(input_ids, latents, cache_implementation="static", **given)
+
+
 def assert_same(tokens: Tensor, expected: Tensor, margins: Tensor) -> int:
     """Asserts that texts agree as far as rounding decides nothing; returns the number of tokens compared."""
     decided = (margins > TIE).cumprod(1).bool()
@@ -71,6 +82,8 @@ def assert_unequal_lengths(model: LTM, prompts: Tensor, latents: Tensor) -> int:
 def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -78,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     add_json_option(parser)
     arguments = parser.parse_args()
@@ -105,6 +119,10 @@ def main() -> None:
             "cached": lambda rows=rows: cached(*rows),
             f"{BEAMS} beams": lambda rows=rows: cached(*rows, beams=BEAMS),
         }
+        if arguments.compiled:
+            compared += assert_same(compiled(*rows), expected, margins)
+            compiled(*rows)
+            ways["compiled"] = lambda rows=rows: compiled(*rows)
         times = [[seconds(work) for work in ways.values()] for _ in range(arguments.repeats)]
         median = dict(zip(ways, map(statistics.median, zip(*times, strict=True)), strict=True))
         for name, value in median.items():
@@ -113,6 +131,11 @@ def main() -> None:
         what = f"generation, batch {batch}, {NEW_TOKENS} tokens"
         comparisons.append(Comparison.of_rates(what, *rates, "tokens/s", "the prefix anew", target))
         print(f"{comparisons[-1].line}; {compared} tokens agree")
+        if arguments.compiled:
+            rates[0] = batch * NEW_TOKENS / median["compiled"]
+            what = f"generation, batch {batch}, {NEW_TOKENS} tokens, static cache, compiled"
+            comparisons.append(Comparison.of_rates(what, *rates, "tokens/s", "the prefix anew", target))
+            print(comparisons[-1].line)
         measured[f"time of {BEAMS} beams / greedy, batch {batch}"] = median[f"{BEAMS} beams"] / median["cached"]
         print(f"batch {batch}, time of {BEAMS} beams / greedy: {median[f'{BEAMS} beams'] / median['cached']:.2f}")
     compared = assert_unequal_lengths(model, prompts, latents)

@@ -5,8 +5,8 @@ operations read and write, each for itself, as if nothing stayed in a cache. Mea
 fastest product of two large matrices, and the fastest copy of a large tensor. Operations over the one and bytes over
 the other are the least time that a step could take if only it mattered (Williams, Waterman and Patterson 2009,
 "Roofline"); the larger of them is the floor. On a CPU bytes that stay in a cache make a step faster than that floor of
-memory says. The profile is torch's own: time in products of matrices, in attention, in everything else that computes,
-and what is left: calls, and waiting.
+memory says. The profile is torch's own: of the time in which operations compute, what products of matrices, attention,
+Cholesky factors (in float64) and everything else take.
 
 On a CUDA device also tokens a second and the model FLOP utilisation at LTM-Medium's shapes (6 layers of 512, texts of
 1,024 tokens): a fast step counted as 4N operations a token and the slow one as 6N, N the parameters, over that device's
@@ -37,6 +37,7 @@ BF16_PEAK = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12
 GROUPS = {
     "products": ("mm", "addmm", "bmm", "linear", "gemm", "cutlass", "xmma", "matmul", "convolution", "mkldnn", "nvjet"),
     "attention": ("attention", "flash", "fmha"),
+    "factors": ("cholesky", "triangular", "tril", "potrf", "trsm"),
 }
 
 
@@ -105,7 +106,9 @@ def shares(step: Callable[[], None], device: str) -> dict[str, float]:
             continue
         name = event.key.lower()
         # attention first: its kernels' names also tell of the products they are made of
-        group = next((one for one in ("attention", "products") if any(part in name for part in GROUPS[one])), "other")
+        group = next(
+            (one for one in ("attention", "factors", "products") if any(part in name for part in GROUPS[one])), "other"
+        )
         times[group] += of_event
     return {group: value / sum(times.values()) for group, value in times.items()}
 

@@ -63,6 +63,9 @@ def test_caches_that_a_family_has_not():
     for family in ("gpt_vae", "lang_vae", "huggingface"):
         with pytest.raises(InputError, match="has no static cache"):
             small_model(family).generate(texts(1, 3), max_new_tokens=2, cache_implementation="static")
+    for other in ({"use_cache": False}, {"past_key_values": small_model("ltm").new_cache()}):
+        with pytest.raises(InputError, match="cache_implementation goes neither with"):
+            small_model("ltm").generate(texts(1, 3), max_new_tokens=2, cache_implementation="static", **other)
     with pytest.raises(InputError, match="cache_implementation is dynamic or static, not offloaded"):
         small_model("ltm").generate(texts(1, 3), max_new_tokens=2, cache_implementation="offloaded")
 

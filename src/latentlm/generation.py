@@ -263,6 +263,9 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
             if of_decoder is not None:
                 condition = of_decoder = of_decoder.repeat_interleave(draws, 0)
             implementation = kwargs.pop("cache_implementation", None)
+            own_cache = kwargs.get("past_key_values") is not None
+            if implementation is not None and (own_cache or not kwargs.get("use_cache", True)):
+                raise InputError("cache_implementation goes neither with past_key_values nor with use_cache=False.")
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), FiniteScores()])
             if reinfer_every is not None:
                 return self._generate_reinferring(
@@ -276,7 +279,7 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                     implementation=implementation,
                     **kwargs,
                 )
-            if kwargs.get("use_cache", True) and kwargs.get("past_key_values") is None:
+            if kwargs.get("use_cache", True) and not own_cache:
                 kwargs["past_key_values"] = self._cache_for(implementation, input_ids.shape[1] + max_new_tokens)
             return GenerationMixin.generate(
                 self,

@@ -19,7 +19,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from latentlm.config import LatentLMConfig
 from latentlm.errors import InputError
-from latentlm.inference import infer_by_gradient, langevin
+from latentlm.inference import check_finite, infer_by_gradient, langevin
 from latentlm.latent_lm import LatentLM, TrainingInference
 from latentlm.layers import FixedScaleBatchNorm
 from latentlm.schedules import linear
@@ -151,6 +151,8 @@ class VariationalLM(LatentLM):
         self.check_text(input_ids, attention_mask)
         start = self._start(input_ids, attention_mask, condition)
         if self.config.inference == "amortised":
+            if not self.training and self.device.type != "cpu":  # training looks at its loss
+                check_finite(*start)
             return self.posterior(*start, self._prior_of(input_ids, attention_mask, condition))
         return self._refine(start, input_ids, attention_mask, condition, seed=seed)
 

@@ -252,7 +252,7 @@ def test_fast_steps_compute_layers_anew():
 @pytest.mark.parametrize("variant", ["learned start", "diagonal prior", "cooperative", "gradient gpt_vae", "amortised"])
 def test_fast_steps_ask_the_device_nothing(variant, monkeypatch):
     """A question to the data waits for a GPU in every step of T. A tensor without data refuses to answer any."""
-    monkeypatch.setattr("latentlm.inference.gradient.check_finite", lambda parameters: None)  # once, after all
+    monkeypatch.setattr("latentlm.inference.gradient.check_finite", lambda *moments: None)  # once, after all
     autocast = torch.is_autocast_enabled  # which knows no device without data
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and autocast(kind))
     model = small_variant(variant, inference_subsampling=2).train()

@@ -135,10 +135,9 @@ def infer_by_gradient(
                 on_step(step, bound.detach(), (parameters.grad[0], parameters.grad[1]))
             adam.param_groups[0]["lr"] = learning_rate(step)
             adam.step()
-    parameters = parameters.detach()
-    if parameters.device.type != "cpu":
-        check_finite(parameters)
-    mean, log_variance = parameters
+    mean, log_variance = parameters.detach()
+    if mean.device.type != "cpu":
+        check_finite(mean, log_variance)
     if torch.is_grad_enabled() and (start_mean.requires_grad or start_log_variance.requires_grad):
         mean = mean + (start_mean - start_mean.detach())
         log_variance = log_variance + (start_log_variance - start_log_variance.detach())
@@ -147,9 +146,9 @@ def infer_by_gradient(
     return model.posterior(mean, log_variance, prior)
 
 
-def check_finite(parameters: Float[Tensor, "two batch *event"]) -> None:
-    """Raises DivergedError unless μ and log σ² are finite: once for all steps, since it waits for the device."""
-    if not bool(parameters.isfinite().all()):
+def check_finite(mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]) -> None:
+    """Raises DivergedError unless both are finite. It waits for the device: once for an inference, and in no step."""
+    if not bool((mean.isfinite() & log_variance.isfinite()).all()):
         raise DivergedError("the latents' mean or variance is no longer a finite number")
 
 
