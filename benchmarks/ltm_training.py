@@ -2,9 +2,9 @@
 
 A step is T fast steps on (μ, log σ²), the slow step's forward and backward, and AdamW's update of the weights. The
 plain way calls backward() in each fast step, so the weights' gradients come with it and are thrown away; its attention
-takes a dense [time, time] mask, its norms are torch's, and its likelihood is cross_entropy of all logits. Asserts that both find the same
-q(z | x) to 1e-4, the same loss and gradients of the weights. Adam's ε is 0.3 in both: a tiny one divides rounding
-by almost nothing where a gradient is almost nothing, and no two ways of computing agree.
+takes a dense [time, time] mask, its norms are torch's, and its likelihood is cross_entropy of all logits. Asserted is
+that both find the same q(z | x) to 1e-4, the same loss and gradients of the weights. Adam's ε is 0.3 in both: a tiny
+one divides rounding by almost nothing where a gradient is almost nothing, and no two ways of computing agree.
 Prints tokens per second, FLOP/s as torch's FlopCounterMode counts them (it counts no attention scores on a CPU), the
 ratio, and how a step's time divides. The parts are timed alone, forward and backward as in a fast step, so their shares
 are estimates: the first layer's self-attention has no backward there.

@@ -10,7 +10,7 @@ torch's "meta" device, which computes shapes alone and takes the branches of a G
 float32 weights, gradients and AdamW's moments beside. How many fast steps there are changes no peak. Attention on that
 device is torch's plain one, which stores scores that a GPU's fused kernels do not: the count is from above.
 
-    python benchmarks/memory.py [--batch 4] [--json FILE] [--skip-paper]
+    python benchmarks/memory.py [--batch 4] [--small] [--json FILE]
 """
 
 import argparse
@@ -102,17 +102,17 @@ def paper(anew: bool) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--skip-paper", action="store_true")
+    parser.add_argument("--small", action="store_true", help="of the LTM alone, and not the paper's")
     add_json_option(parser)
     given = parser.parse_args()
     comparisons = []
-    for family in FAMILIES:
+    for family in ("ltm",) if given.small else FAMILIES:
         kept, anew = (per_token(family, given.batch, anew) for anew in (False, True))
         what = f"peak memory of a training step, {family}"
         comparisons.append(Comparison.of_costs(what, anew / 1024, kept / 1024, "KiB/token", "layers kept"))
         print(comparisons[-1].line, flush=True)
     measured = {}
-    if not given.skip_paper:
+    if not given.small:
         for anew in (False, True):
             of_step, of_weights = paper(anew)
             how = "computed anew" if anew else "kept"
