@@ -77,7 +77,7 @@ def main() -> None:
         help="of some; by default all but, in small, large_data and scaling",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--whole", action="store_true", help="at the sizes that docs/results.md reports")
+    parser.add_argument("--whole", action="store_true", help="at full size")
     parser.add_argument("--output", type=Path, default=HERE / "results")
     given = parser.parse_args()
     names = given.names or [
