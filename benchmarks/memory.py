@@ -105,6 +105,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="of the LTM alone, and not the paper's")
     add_json_option(parser)
     given = parser.parse_args()
+    if given.batch < 2:
+        parser.error("--batch must be at least 2: a step is compared with one of half as many texts")
     comparisons = []
     for family in ("ltm",) if given.small else FAMILIES:
         kept, anew = (per_token(family, given.batch, anew) for anew in (False, True))

@@ -15,13 +15,14 @@ validation text is taken with fresh noise, by the model's own inference; that ti
 """
 
 import argparse
+import sys
 import time
 
 import torch
 from _report import Comparison, add_json_option, write
 from ltm_training import our_loss, plain_loss, training_step
 
-from latentlm import LTM, LTMConfig
+from latentlm import LTM, InputError, LTMConfig
 from latentlm.data import read_documents, train_tokenizer
 from latentlm.data.datasets import Blocks
 from latentlm.evaluation.likelihood import score
@@ -97,11 +98,14 @@ def main() -> None:
     add_json_option(parser)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    documents = list(read_documents(given.train))
+    try:
+        documents, held_out = list(read_documents(given.train)), list(read_documents(given.valid))
+    except InputError as error:
+        sys.exit(str(error))
     tokenizer = train_tokenizer((one.text for one in documents), VOCABULARY)
     texts, valid = (
         torch.stack([block["input_ids"] for block in Blocks(of, tokenizer, LENGTH, drop_last=True)])
-        for of in (documents, read_documents(given.valid))
+        for of in (documents, held_out)
     )
     valid = valid[: given.sequences]
     print(f"{len(texts)} blocks of {LENGTH} tokens to train on, {len(valid)} to measure, {given.threads} threads")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from tests.toy import BOS, EOS, PAD, VOCABULARY, padded, prior_latents, small_model, small_variant, texts
+from transformers import GenerationConfig
+from transformers.cache_utils import DynamicCache
 
 from latentlm import InputError
 from latentlm.causal_lm import CausalLatentLM
@@ -59,6 +61,26 @@ def test_a_static_cache_writes_the_same(family, options, window):
     assert torch.equal(model.generate(prompts[0], cache_implementation="static", **given), written)
 
 
+def test_a_generation_config_asks_as_words_do(monkeypatch):
+    model, prompts = small_model("ltm"), texts(2, 5)
+    words = {"max_new_tokens": 6, "num_beams": 2, "cache_implementation": "static"}
+    expected, made = model.generate(prompts, seed=1, **words), []
+    real = model.static_cache
+    monkeypatch.setattr(model, "static_cache", lambda length: made.append(length) or real(length))
+    assert torch.equal(model.generate(prompts, seed=1, generation_config=GenerationConfig(**words)), expected)
+    model.generation_config.cache_implementation = "static"
+    assert torch.equal(model.generate(prompts, seed=1, max_new_tokens=6, num_beams=2), expected)
+    assert model.generation_config.cache_implementation == "static" and made == [11, 11]
+    assert torch.equal(model.generate(prompts, seed=1, max_new_tokens=6, num_beams=2, use_cache=None), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"reinfer_every": 2}])
+def test_a_cache_of_another_kind(options):
+    cache = DynamicCache() if not options else small_model("ltm").new_cache()
+    with pytest.raises(InputError, match="past_key_values must be one of new_cache"):
+        small_model("ltm").generate(texts(1, 3), max_new_tokens=2, past_key_values=cache, **options)
+
+
 def test_caches_that_a_family_has_not():
     for family in ("gpt_vae", "lang_vae", "huggingface"):
         with pytest.raises(InputError, match="has no static cache"):
@@ -66,7 +88,7 @@ def test_caches_that_a_family_has_not():
     for other in ({"use_cache": False}, {"past_key_values": small_model("ltm").new_cache()}):
         with pytest.raises(InputError, match="cache_implementation goes neither with"):
             small_model("ltm").generate(texts(1, 3), max_new_tokens=2, cache_implementation="static", **other)
-    with pytest.raises(InputError, match="cache_implementation is dynamic or static, not offloaded"):
+    with pytest.raises(InputError, match="cache_implementation is dynamic or static, not 'offloaded'"):
         small_model("ltm").generate(texts(1, 3), max_new_tokens=2, cache_implementation="offloaded")
 
 

@@ -1,6 +1,9 @@
 """Text from latents, from a prompt, or from the prior: what every family needs, and writing token by token."""
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.distributions import Distribution
 from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from latentlm.distributions import Stream, sequence_keys
 from latentlm.errors import InputError
@@ -182,12 +185,42 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
         """
         raise InputError(f"a {type(self).__name__} has no static cache: leave cache_implementation out.")
 
+    def _take_config(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What a call asks for, by its own words or by its generation config, of what is decided here.
+
+        Takes out of `kwargs` what transformers would read otherwise: a `cache_implementation` beside a cache of ours,
+        and a `use_cache` that says nothing.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        names = ("num_beams", "do_sample", "return_dict_in_generate", "max_new_tokens")
+        asked = {name: getattr(config, name, None) for name in (*names, "use_cache", "cache_implementation")}
+        asked |= {name: kwargs[name] for name in asked if kwargs.get(name) is not None}
+        if config.cache_implementation is not None:
+            kwargs["generation_config"] = config = copy.deepcopy(config)
+            config.cache_implementation = None
+        kwargs.pop("cache_implementation", None)
+        if kwargs.get("use_cache", True) is None:
+            del kwargs["use_cache"]
+        if asked["use_cache"] is False:
+            kwargs["use_cache"] = False
+        return asked
+
+    @contextmanager
+    def _cache_is_ours(self) -> Iterator[None]:
+        """Without the model's own `cache_implementation`, which transformers would put into a config that has none."""
+        implementation = self.generation_config.cache_implementation
+        try:
+            self.generation_config.cache_implementation = None
+            yield
+        finally:
+            self.generation_config.cache_implementation = implementation
+
     def _cache_for(self, implementation: str | None, length: int) -> Cache | None:
         """What transformers' `cache_implementation` asks for, with what this family keeps in it."""
         if implementation in (None, "dynamic"):
             return self.new_cache()
         if implementation != "static":
-            raise InputError(f"cache_implementation is dynamic or static, not {implementation}.")
+            raise InputError(f"cache_implementation is dynamic or static, not {implementation!r}.")
         return self.static_cache(length)
 
     @torch.no_grad()
@@ -224,10 +257,21 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
             Token ids [batch · num_return_sequences, time] with the prompt (left-padded), or what
             `return_dict_in_generate=True` gives.
         """
+        asked = self._take_config(kwargs)
+        if max_new_tokens is None:
+            max_new_tokens = asked["max_new_tokens"]
+        beams, use_cache = asked["num_beams"] or 1, asked["use_cache"] is not False
+        implementation, own_cache = asked["cache_implementation"], kwargs.get("past_key_values")
+        if implementation is not None and (own_cache is not None or not use_cache):
+            raise InputError("cache_implementation goes neither with past_key_values nor with use_cache=False.")
+        if own_cache is not None:
+            of_latents = isinstance(self.new_cache(), EncoderDecoderCache)
+            if reinfer_every is not None or isinstance(own_cache, EncoderDecoderCache) != of_latents:
+                raise InputError("past_key_values must be one of new_cache(), and do not go with reinfer_every.")
         if reinfer_every is not None:
             if reinfer_every < 1:
                 raise InputError(f"reinfer_every must be at least 1, not {reinfer_every}.")
-            if (kwargs.get("num_beams") or 1) > 1 or kwargs.get("return_dict_in_generate"):
+            if beams > 1 or asked["return_dict_in_generate"]:
                 raise InputError("reinfer_every goes neither with beams nor with return_dict_in_generate.")
         if latents is not None:
             self.check_latents(latents, tuple(self.prior(1, 1).event_shape))
@@ -236,16 +280,15 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
         of_decoder = self.decoder_condition(condition, len(input_ids))
         if of_decoder is not None:
             condition = of_decoder  # one for each prompt
-        with torch.random.fork_rng(enabled=seed is not None):
+        with torch.random.fork_rng(enabled=seed is not None), self._cache_is_ours():
             if seed is not None:
                 torch.manual_seed(seed % 2**63)
-            beams = kwargs.get("num_beams") or 1
             if 1 < beams < num_return_sequences:
                 raise InputError(
                     f"{beams} beams give at most {beams} texts for each prompt, not {num_return_sequences}."
                 )
             latents_given = latents is not None
-            greedy = beams == 1 and not kwargs.get("do_sample", self.generation_config.do_sample)
+            greedy = beams == 1 and not asked["do_sample"]
             if latents_given and greedy and num_return_sequences > 1 and reinfer_every is None:
                 raise InputError("the likeliest tokens of one latent are one text: sample, or ask for one of each.")
             if latents is None:
@@ -262,10 +305,6 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
             attention_mask = attention_mask.repeat_interleave(draws, 0)
             if of_decoder is not None:
                 condition = of_decoder = of_decoder.repeat_interleave(draws, 0)
-            implementation = kwargs.pop("cache_implementation", None)
-            own_cache = kwargs.get("past_key_values") is not None
-            if implementation is not None and (own_cache or not kwargs.get("use_cache", True)):
-                raise InputError("cache_implementation goes neither with past_key_values nor with use_cache=False.")
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or ()), FiniteScores()])
             if reinfer_every is not None:
                 return self._generate_reinferring(
@@ -279,7 +318,7 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                     implementation=implementation,
                     **kwargs,
                 )
-            if kwargs.get("use_cache", True) and not own_cache:
+            if use_cache and own_cache is None:
                 kwargs["past_key_values"] = self._cache_for(implementation, input_ids.shape[1] + max_new_tokens)
             return GenerationMixin.generate(
                 self,
@@ -316,7 +355,7 @@ class GeneratesFromLatents(WritesText, GenerationMixin):
                 latents = self._latents_for(input_ids, attention_mask, condition, prior, 1, seed)
             new_tokens = min(every, max_new_tokens - begin)
             given = {**kwargs}
-            if kwargs.get("use_cache", True):
+            if kwargs.get("use_cache") is not False:
                 # of one length for all parts, so that a compiled step serves them all
                 given["past_key_values"] = self._cache_for(implementation, text.shape[1] - begin + max_new_tokens)
             if self.decoder_condition(condition, len(input_ids)) is not None:

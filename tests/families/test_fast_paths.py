@@ -11,7 +11,7 @@ from functorch.compile import make_boxed_func
 from tests.toy import VARIANTS, padded, prior_latents, small_variant, texts
 from torch._dynamo.backends.common import aot_autograd
 
-from latentlm import LatentLM
+from latentlm import InputError, LatentLM
 from latentlm.distributions import sequence_keys
 from latentlm.evaluation.likelihood import score
 from latentlm.families import LTM
@@ -174,6 +174,14 @@ def test_the_subsampled_objective_is_unbiased():
         mean = torch.stack([part[place] for part in parts]).mean(0)
         # σ is e^-15, so that the noise, which differs by no token, tells nothing
         torch.testing.assert_close(mean, whole[0][place], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", [0, -1, True])
+def test_what_tokens_cannot_be_subsampled_by(wrong):
+    model, zeros = small_variant("learned start"), torch.zeros(2, 2, 3, 8)
+    given = {"start_mean": zeros, "start_log_variance": zeros, "steps": 1, "learning_rate": lambda step: 0.1}
+    with pytest.raises(InputError, match="subsampling must be a whole number from 1 on"):
+        infer_by_gradient(model, texts(2, 9), subsampling=wrong, **given)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

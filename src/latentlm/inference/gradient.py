@@ -22,7 +22,7 @@ from latentlm.distributions import (
     sequence_keys,
     sequence_noise,
 )
-from latentlm.errors import DivergedError
+from latentlm.errors import DivergedError, InputError
 from latentlm.inference.sharded import gathered
 from latentlm.objective import elbo
 
@@ -102,8 +102,11 @@ def infer_by_gradient(
             μ and log σ² [batch, *event]).
 
     Raises:
+        InputError: `subsampling` is no whole number from 1 on.
         DivergedError: μ or log σ² is no longer finite; on a CPU after the step that made it so, elsewhere after all.
     """
+    if type(subsampling) is not int or subsampling < 1:
+        raise InputError(f"subsampling must be a whole number from 1 on, not {subsampling!r}.")
     # tensors made under inference_mode cannot enter autograd; a clone made outside it can
     with torch.inference_mode(False):
         input_ids = input_ids.clone()
