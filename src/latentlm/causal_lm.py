@@ -194,9 +194,12 @@ class CausalLatentLM(GeneratesFromLatents):
     ) -> Float[Tensor, "batch kept vocabulary"]:
         states = self.hidden_states(latents, input_ids, attention_mask, position_ids, past_key_values)
         states = states[:, -logits_to_keep:]
-        if states.device.type == "cpu" and type(self.lm_head).forward is nn.Linear.forward:
-            return logits_of_few(states, self.lm_head.weight)
-        return self.lm_head(states)
+        head = self.lm_head
+        # an adapter, a forward of the instance's own or a hook does more than the weight says
+        plain = getattr(head.forward, "__func__", None) is nn.Linear.forward
+        if plain and states.device.type == "cpu" and not (head._forward_hooks or head._forward_pre_hooks):
+            return logits_of_few(states, head.weight)
+        return head(states)
 
     # ---- for the families ----------------------------------------------------------------------------------------
 

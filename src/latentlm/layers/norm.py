@@ -19,7 +19,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Float[Tensor, "*rows size"]) -> Float[Tensor, "*rows size"]:
         full = x.dtype == self.weight.dtype in (torch.float32, torch.float64)
-        if full and x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if full and x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _RMSNorm.apply(x, self.weight, self.eps)
         return super().forward(x)
 
