@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "lang_vae": ["--rounds", "1", "--batch", "2", "--length", "4", "--injection", "prefix"],
-    "gp_vae": ["--rounds", "1", "--batch", "2", "--length", "8", "--vocabulary", "64"],
 }
 WHOLE = {
+    "gp_vae": ["--rounds", "1", "--batch", "2", "--length", "8", "--vocabulary", "64"],
     "gp_prior": ["--rounds", "1", "--threads", "1"],
     "gpt_vae": ["--rounds", "1"],
     "large_data": ["--megabytes", "3"],

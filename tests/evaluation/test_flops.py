@@ -59,6 +59,7 @@ def test_gradient_inference_is_the_count_by_hand(steps):
         assert 0 < found["inference_flops_per_token"] < inferred
 
 
+@pytest.mark.slow
 def test_it_grows_as_the_formula_of_the_paper_says():
     """Kong et al. 2025, section 2.4: (T + 1) L (N H + N_z H + H²) + (T + 1) V H, up to factors of single terms."""
 

@@ -90,6 +90,7 @@ def test_a_probe_prints_its_table_and_leaves_its_files(folder, tmp_path):
     assert [row["factor"] for row in found["table"]] == ["tense", "number"]
 
 
+@pytest.mark.slow
 def test_all_leaves_one_page(folder, tmp_path):
     arguments = ("--data", "builtin:sentences", "--limit", 60, "--output", tmp_path, "--seed", 3)
     status, out, err = probe("all", folder, *arguments)

@@ -121,6 +121,7 @@ studies:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_sweep_gives_the_same_figures_whatever_the_number_of_jobs(folder):
     """Two processes, and one thread of this process."""
