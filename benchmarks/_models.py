@@ -30,7 +30,7 @@ _OF_DECODER = {
 }  # fmt: skip
 
 
-def model(family: str, inference_steps: int = 4) -> LatentLM:
+def model(family: str) -> LatentLM:
     """In training mode, with random weights; of LangVAE the frozen parts are GPT-2's and BERT's shapes, 6 × 384."""
     torch.manual_seed(0)
     if family == "lang_vae":
@@ -43,7 +43,7 @@ def model(family: str, inference_steps: int = 4) -> LatentLM:
         return GPTVAE(GPTVAEConfig(**_OF_TEXT, **_OF_DECODER, latent_size=64)).train()
     decoder = {**_OF_TEXT, **_OF_DECODER, "sliding_window": WINDOW}
     if family == "ltm":
-        return LTM(LTMConfig(**decoder, latents_per_layer=8, inference_steps=inference_steps)).train()
+        return LTM(LTMConfig(**decoder, latents_per_layer=8, inference_steps=4)).train()
     return Autoregressive(AutoregressiveConfig(**decoder)).train()
 
 
@@ -54,8 +54,8 @@ def _pretrained() -> tuple[str, str]:
     return parts(Path(folder.name))
 
 
-def texts(batch: int, length: int = LENGTH, device: str = "cpu") -> torch.Tensor:
-    """BOS and so many random tokens, in each of `batch` rows."""
-    input_ids = torch.randint(1, VOCABULARY, (batch, length + 1), generator=torch.Generator().manual_seed(0))
+def texts(batch: int, device: str = "cpu") -> torch.Tensor:
+    """BOS and `LENGTH` random tokens in each of `batch` rows."""
+    input_ids = torch.randint(1, VOCABULARY, (batch, LENGTH + 1), generator=torch.Generator().manual_seed(0))
     input_ids[:, 0] = 0
     return input_ids.to(device)

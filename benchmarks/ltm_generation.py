@@ -14,10 +14,9 @@ With --compiled also through a static cache with a compiled step, which CUDA has
 import argparse
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
-from _report import Comparison, add_json_option, write
+from _report import Comparison, add_json_option, seconds, write
 from torch import Tensor
 from transformers import CompileConfig
 
@@ -77,14 +76,6 @@ def assert_unequal_lengths(model: LTM, prompts: Tensor, latents: Tensor) -> int:
         alone, margins = anew(model, prompts[row : row + 1, :length], latents[row : row + 1])
         compared += assert_same(tokens[row : row + 1, -NEW_TOKENS:], alone[:, -NEW_TOKENS:], margins)
     return compared
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main() -> None:

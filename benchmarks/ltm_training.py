@@ -20,14 +20,13 @@ has never been run: no such device was at hand.
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from _report import Comparison, add_json_option, write
+from _report import Comparison, add_json_option, seconds, write
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.utils.flop_counter import FlopCounterMode
@@ -158,14 +157,6 @@ def training_step(loss: Loss, model: LTM, optimizer: torch.optim.Optimizer, inpu
     optimizer.step()
 
 
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def assert_agreement(model: LTM, plain: LTM, input_ids: Tensor) -> tuple[float, dict[str, int]]:
     """Same q, loss and gradients from the same weights; the largest difference of μ and σ², and each side's FLOPs."""
     posterior = model.infer(input_ids, seed=0)
@@ -216,22 +207,17 @@ def each(
     def step(seed: int) -> float:
         return seconds(lambda: training_step(our_loss, model, optimizer, input_ids, seed))
 
-    found = {}
-    for name, left_out in MEANS.items():
-        times: list[tuple[float, float]] = []
+    def in_turns(changed: Callable[[], AbstractContextManager[Any]]) -> tuple[float, float]:
+        as_it_is, otherwise = [], []
         for repeat in range(repeats):
-            whole = step(repeat)
-            with left_out():
-                times.append((whole, step(repeat)))
-        found[name] = (statistics.median(one for one, _ in times), statistics.median(one for _, one in times))
-    times = []
-    for repeat in range(repeats):
-        whole = step(repeat)
-        with mock.patch.object(model.config, "inference_subsampling", 4):
-            times.append((step(repeat), whole))
-    name = "every fourth token in fast steps"
-    found[name] = (statistics.median(one for one, _ in times), statistics.median(one for _, one in times))
-    return found
+            as_it_is.append(step(repeat))
+            with changed():
+                otherwise.append(step(repeat))
+        return statistics.median(as_it_is), statistics.median(otherwise)
+
+    found = {name: in_turns(left_out) for name, left_out in MEANS.items()}
+    without, those_alone = in_turns(lambda: mock.patch.object(model.config, "inference_subsampling", 4))
+    return found | {"every fourth token in fast steps": (those_alone, without)}
 
 
 def main() -> None:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
 
 from latentlm.config import LatentLMConfig
+from latentlm.distributions import check_finite
 from latentlm.errors import InputError
-from latentlm.inference import check_finite, infer_by_gradient, langevin
+from latentlm.inference import infer_by_gradient, langevin
 from latentlm.latent_lm import LatentLM, TrainingInference
 from latentlm.layers import FixedScaleBatchNorm
 from latentlm.schedules import linear

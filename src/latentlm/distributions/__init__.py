@@ -1,6 +1,7 @@
 """Distributions over latents and the noise that samples them."""
 
 from latentlm.distributions.gaussian import (
+    check_finite,
     diagonal_gaussian,
     kl_per_dimension,
     noise_shape,
@@ -32,6 +33,7 @@ __all__ = [
     "Stream",
     "White",
     "WhitenedGaussian",
+    "check_finite",
     "diagonal_gaussian",
     "kl_per_dimension",
     "noise_shape",

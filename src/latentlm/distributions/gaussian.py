@@ -9,6 +9,8 @@ from torch.distributions import Distribution, Independent, Normal, kl_divergence
 
 from latentlm.errors import DivergedError
 
+_NOT_FINITE = "the latents' mean or variance is no longer a finite number"
+
 
 def diagonal_gaussian(mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]) -> Independent:
     """N(mean, exp(log_variance)) with every dimension after the first in the event; float32 whatever comes in.
@@ -22,7 +24,13 @@ def diagonal_gaussian(mean: Float[Tensor, "batch *event"], log_variance: Float[T
         normal = Normal(mean.float(), (0.5 * log_variance.float()).exp(), validate_args=validate)
         return Independent(normal, mean.dim() - 1)
     except ValueError as error:
-        raise DivergedError("the latents' mean or variance is no longer a finite number") from error
+        raise DivergedError(_NOT_FINITE) from error
+
+
+def check_finite(mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]) -> None:
+    """Raises DivergedError unless both are finite. It waits for the device: once for an inference, and in no step."""
+    if not bool((mean.isfinite() & log_variance.isfinite()).all()):
+        raise DivergedError(_NOT_FINITE)
 
 
 def standard_normal(batch_size: int, event_shape: tuple[int, ...], device: torch.device | str = "cpu") -> Independent:

@@ -1,7 +1,7 @@
 """Ways to find q(z | x), or samples of p(z | x), for any latent language model."""
 
-from latentlm.inference.gradient import check_finite, held, infer_by_gradient
+from latentlm.inference.gradient import held, infer_by_gradient
 from latentlm.inference.langevin import langevin
 from latentlm.inference.sharded import gathered
 
-__all__ = ["check_finite", "gathered", "held", "infer_by_gradient", "langevin"]
+__all__ = ["gathered", "held", "infer_by_gradient", "langevin"]

@@ -17,12 +17,13 @@ from torch.distributions import Distribution, kl_divergence
 
 from latentlm.distributions import (
     Stream,
+    check_finite,
     noise_shape,
     sample_from_noise,
     sequence_keys,
     sequence_noise,
 )
-from latentlm.errors import DivergedError, InputError
+from latentlm.errors import InputError
 from latentlm.inference.sharded import gathered
 from latentlm.objective import elbo
 
@@ -147,12 +148,6 @@ def infer_by_gradient(
     # outside of `held`, so that a prior of which q is made learns by it
     prior = model.prior(len(input_ids), scored.sum(1), condition)
     return model.posterior(mean, log_variance, prior)
-
-
-def check_finite(mean: Float[Tensor, "batch *event"], log_variance: Float[Tensor, "batch *event"]) -> None:
-    """Raises DivergedError unless both are finite. It waits for the device: once for an inference, and in no step."""
-    if not bool((mean.isfinite() & log_variance.isfinite()).all()):
-        raise DivergedError("the latents' mean or variance is no longer a finite number")
 
 
 def every_kth(

@@ -43,7 +43,6 @@ _OURS = {
 }  # fmt: skip
 # what no family here follows yet
 _WITHOUT_EFFECT = {"label_smoothing_factor", "push_to_hub"}
-# what families around a model of transformers follow; transformers has two names for it
 # counts by which transformers would divide, or with which a run fails in its middle
 _AT_LEAST_ONE = {"max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"}
 # more is a slip of the hand, and overflows in the middle of a run
