@@ -356,6 +356,26 @@ def test_toeplitz_keeps_no_square_matrix():
     assert 0 < largest < 512 * 512 / 8
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_durbins_steps_and_a_factor_are_one_algebra(name, monkeypatch):
+    """Of few times and of many: L ε, L⁻¹ z and their gradients, whoever asks first."""
+    kernel, times, z = KERNELS[name]().double(), torch.arange(T).double(), randn(3, T, DIM).requires_grad_()
+    nugget = torch.full((kernel.groups,), 0.01, dtype=torch.float64, requires_grad=True)
+    found = []
+    for few_times in (0, 2**30):
+        monkeypatch.setattr("latentlm.distributions.algebra._FACTOR_UNTIL", few_times)
+        process = GaussianProcess(kernel, times, DIM, nugget, "toeplitz", lengths=LENGTHS[:3])
+        algebra = process.algebra
+        with torch.inference_mode():
+            process.color(randn(3, T, DIM))
+        figures = process.color(z), process.whiten(z)
+        assert process.algebra is algebra and (algebra._factored is None) == (few_times == 0)
+        gradients = torch.autograd.grad(sum((f * f).sum() for f in figures), [*kernel.parameters(), nugget, z])
+        found.append((*figures, *gradients))
+    for by_steps, by_factor in zip(*found, strict=True):
+        assert relative(by_factor, by_steps) < 1e-9
+
+
 def test_a_factor_made_without_gradients_is_not_taken_where_they_are_wanted():
     process = GaussianProcess(RBF(3.0), torch.arange(6.0), nugget=0.1)
     value = torch.randn(6, 1, dtype=torch.float64)

@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from latentlm.distributions.kernels import Kernel
 
 _PIECE = 32  # steps that are taken between two products with all the past
+# G · T³ up to which one factor, and its gradient, cost less than Durbin's steps for whitening and coloring
+_FACTOR_UNTIL = 2**30
 
 
 class NotPositiveError(Exception):
@@ -89,11 +91,15 @@ class Algebra:
 class Dense(Algebra):
     """One Cholesky factor for many right-hand sides: any times, O(T³) once and O(T²) for each of B · G · R."""
 
-    def __init__(self, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "G T"]):
-        covariance = of_groups(kernel(times[:, None] - times[None, :]), noise.shape[-2])
-        self.factor, info = torch.linalg.cholesky_ex(covariance + torch.diag_embed(noise))
+    def __init__(self, covariance: Float[Tensor, "G T T"]):
+        self.factor, info = torch.linalg.cholesky_ex(covariance)
         if not bool((info == 0).all() & self.factor.isfinite().all()):
             raise NotPositiveError
+
+    @classmethod
+    def of_kernel(cls, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "G T"]) -> "Dense":
+        covariance = of_groups(kernel(times[:, None] - times[None, :]), noise.shape[-2])
+        return cls(covariance + torch.diag_embed(noise))
 
     def whiten(self, values: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
         return self._of_columns(torch.linalg.solve_triangular, values)
@@ -146,7 +152,8 @@ class Toeplitz(Algebra):
     Durbin's recursion gives the best linear forecast of z_t from z_<t for each t; the last forecast is, but for its
     scale, the first column of Σ⁻¹, which holds all of Σ⁻¹ (Gohberg and Semencul), so that Σ⁻¹ z is a few products of
     Fourier transforms, O(T log T). Golub and Van Loan 2013, "Matrix Computations", section 4.7. The gradients are
-    closed forms of the same kind: nothing is kept of the recursion.
+    closed forms of the same kind: nothing is kept of the recursion. Whitening and coloring need L, whose rows the
+    recursion gives one after another; of few times a factor is cheaper (`_FACTOR_UNTIL`).
     """
 
     def __init__(self, kernel: Kernel, times: Float[Tensor, " T"], noise: Float[Tensor, "G T"]):
@@ -185,10 +192,10 @@ class Toeplitz(Algebra):
         return torch.stack([diagonals.get(int(length), nothing) for length in lengths])
 
     def whiten(self, values: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
-        return self._along(values, whitens=True)
+        return self._along(values, whitens=True) if self._factored is None else self._factored.whiten(values)
 
     def color(self, noise: Float[Tensor, "B G T R"]) -> Float[Tensor, "B G T R"]:
-        return self._along(noise, whitens=False)
+        return self._along(noise, whitens=False) if self._factored is None else self._factored.color(noise)
 
     def log_determinant(self, lengths: Int64[Tensor, " N"]) -> Float[Tensor, "N G"]:
         inverses, nothing = self._inverses_at(lengths), torch.zeros_like(self.covariance[:, 0])
@@ -202,6 +209,20 @@ class Toeplitz(Algebra):
             for length, column, log_determinant in zip(wanted, columns, log_determinants, strict=True):
                 self._inverses[length] = column[:, :length], log_determinant
         return {length: self._inverses[length] for length in asked}
+
+    @cached_property
+    def _factored(self) -> Dense | None:
+        """The same with a factor, where that is cheaper and float64 can."""
+        groups, total = self.covariance.shape
+        if groups * total**3 > _FACTOR_UNTIL:
+            return None
+        # it is kept, so it has to learn whatever the first who asks for it does
+        with torch.inference_mode(False), torch.set_grad_enabled(self.covariance.requires_grad):
+            try:
+                both_ways = torch.cat((self.covariance.flip(-1), self.covariance[:, 1:]), -1)
+                return Dense(both_ways.unfold(-1, total, 1).flip(-2))
+            except NotPositiveError:
+                return None
 
     def _along(self, inputs: Tensor, *, whitens: bool) -> Tensor:
         """z from ε or ε from z, in √T pieces. With gradients a piece's forecasts are made again backwards."""

@@ -154,7 +154,7 @@ class GaussianProcess(Distribution):
                     return DenseRows(self.kernel, self.times, total, self.row_lengths(len(noise)))
                 if self.algebra_name == "toeplitz":
                     return Toeplitz(self.kernel, self.times, total)
-                return Dense(self.kernel, self.times, total)
+                return Dense.of_kernel(self.kernel, self.times, total)
             except NotPositiveError:
                 continue
         nugget = self.nugget.detach()

@@ -7,7 +7,7 @@ with gradients in closed form, so that no step keeps or makes a second T × T ma
     log |Σ|:            ∂noise_t = ∂ (Σ⁻¹)_tt,                   ∂K = Σ_r ∂ Σ⁻¹
     D = diag(Σ⁻¹):      ∂noise_t = −Σ_s (Σ⁻¹)²_ts ∂D_s,          ∂K = −Σ_r Σ⁻¹ diag(∂D) Σ⁻¹
 
-B rows · G groups of dimensions that share a kernel · D dimensions of a group · T times · R right-hand sides.
+G groups of dimensions that share a kernel · B rows · D dimensions of a group · T times · R right-hand sides.
 """
 
 from typing import Any
@@ -37,36 +37,43 @@ class DenseRows(Algebra):
         noise: Float[Tensor, "B dim T"],
         lengths: Int64[Tensor, " B"],
     ):
-        covariance_GTT = kernel(times[:, None] - times[None, :])
-        groups, number = len(covariance_GTT), len(times)
-        self._covariance = covariance_GTT
-        self._noise_BGDT = noise.unflatten(1, (groups, -1))
+        self._covariance = kernel(times[:, None] - times[None, :])
+        self._noise_GBDT = self._of_groups(noise)
         with torch.no_grad():
-            own = covariance_GTT[None, :, None].repeat(len(noise), 1, self._noise_BGDT.shape[2], 1, 1)
-            own.diagonal(dim1=-2, dim2=-1).add_(self._noise_BGDT)
+            # groups in front, so that the sums over a group's matrices are products that need no copy of them
+            number, (_, rows, each, _) = len(times), self._noise_GBDT.shape
+            own = self._covariance[:, None, None].repeat(1, rows, each, 1, 1)
+            own.diagonal(dim1=-2, dim2=-1).add_(self._noise_GBDT)
             real = torch.arange(number, device=times.device) < lengths[:, None]
             if not bool(real.all()):  # times after a row's end are made independent of those before it
-                both = (real[:, :, None] & real[:, None, :])[:, None, None]
-                own.masked_fill_(~both, 0.0).diagonal(dim1=-2, dim2=-1).masked_fill_(~real[:, None, None], 1.0)
+                both = (real[:, :, None] & real[:, None, :])[:, None]
+                own.masked_fill_(~both, 0.0).diagonal(dim1=-2, dim2=-1).masked_fill_(~real[:, None], 1.0)
             factor, info = torch.linalg.cholesky_ex(own)
             scale = factor.diagonal(dim1=-2, dim2=-1)
             if not bool((info == 0).all() & scale.isfinite().all()):
                 raise NotPositiveError
             self._log_determinants = 2 * scale.log().sum(-1)
-            self._inverse = torch.cholesky_inverse(factor)
-            self._real = real[:, None, None].double()
+            self._inverse = torch.cholesky_inverse(factor).mT  # the same, with rows in memory where LAPACK has columns
+            self._real = real[:, None].double()
 
     def solve(self, values: Float[Tensor, "B dim T R"], lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B dim T R"]:
-        columns = (values.unflatten(1, self._noise_BGDT.shape[1:3])) * self._real[..., None]
-        return _Solve.apply(self._covariance, self._noise_BGDT, columns, self._inverse, self._real).flatten(1, 2)
+        columns = self._of_groups(values) * self._real[..., None]
+        return self._of_dimensions(_Solve.apply(self._covariance, self._noise_GBDT, columns, self._inverse, self._real))
 
     def log_determinant(self, lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B dim"]:
-        return _LogDeterminant.apply(
-            self._covariance, self._noise_BGDT, self._log_determinants, self._inverse, self._real
-        ).flatten(1)
+        return self._of_dimensions(
+            _LogDeterminant.apply(self._covariance, self._noise_GBDT, self._log_determinants, self._inverse, self._real)
+        )
 
     def precision_diagonal(self, lengths: Int64[Tensor, " B"]) -> Float[Tensor, "B dim T"]:
-        return _Diagonal.apply(self._covariance, self._noise_BGDT, self._inverse, self._real).flatten(1, 2)
+        return self._of_dimensions(_Diagonal.apply(self._covariance, self._noise_GBDT, self._inverse, self._real))
+
+    def _of_groups(self, values: Float[Tensor, "B dim *rest"]) -> Float[Tensor, "G B D *rest"]:
+        return values.unflatten(1, (len(self._covariance), -1)).transpose(0, 1)
+
+    @staticmethod
+    def _of_dimensions(values: Float[Tensor, "G B D *rest"]) -> Float[Tensor, "B dim *rest"]:
+        return values.transpose(0, 1).flatten(1, 2)
 
 
 class _Solve(torch.autograd.Function):
@@ -81,7 +88,7 @@ class _Solve(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inverse, solved, real = ctx.saved_tensors
         back = inverse @ (gradient * real[..., None])
-        of_covariance = -torch.einsum("bgdtr,bgdsr->gts", back, solved) if ctx.needs_input_grad[0] else None
+        of_covariance = -torch.einsum("gbdtr,gbdsr->gts", back, solved) if ctx.needs_input_grad[0] else None
         return of_covariance, -(back * solved).sum(-1), back, None, None
 
 
@@ -98,9 +105,10 @@ class _LogDeterminant(torch.autograd.Function):
         of_noise = gradient[..., None] * inverse.diagonal(dim1=-2, dim2=-1) * real
         of_covariance = None
         if ctx.needs_input_grad[0]:
-            of_covariance = torch.einsum("bgd,bgdts->gts", gradient, inverse) - torch.diag_embed(
-                (gradient[..., None] * (1 - real)).sum((0, 2))
-            )
+            groups, _, _, number, _ = inverse.shape
+            weighted = gradient.reshape(groups, 1, -1) @ inverse.reshape(groups, -1, number * number)
+            of_padding = (gradient[..., None] * (1 - real)).sum((1, 2))  # the ones on the diagonal there
+            of_covariance = weighted.view(groups, number, number) - torch.diag_embed(of_padding)
         return of_covariance, of_noise, None, None, None
 
 
@@ -114,8 +122,9 @@ class _Diagonal(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         inverse, real = ctx.saved_tensors
-        gradient = gradient * real
-        scaled = inverse * gradient[..., None]
-        of_noise = -(scaled * inverse).sum(-2)
-        of_covariance = -torch.einsum("bgdst,bgdsu->gtu", scaled, inverse) if ctx.needs_input_grad[0] else None
+        scaled = inverse * (gradient * real)[..., None]
+        of_covariance = None
+        if ctx.needs_input_grad[0]:
+            of_covariance = -(scaled.flatten(1, 3).mT @ inverse.flatten(1, 3))
+        of_noise = -scaled.mul_(inverse).sum(-2)
         return of_covariance, of_noise, None, None
