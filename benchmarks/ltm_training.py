@@ -2,9 +2,9 @@
 
 A step is T fast steps on (μ, log σ²), the slow step's forward and backward, and AdamW's update of the weights. The
 plain way calls backward() in each fast step, so the weights' gradients come with it and are thrown away; its attention
-takes a dense [time, time] mask, its norms are torch's, and its likelihood is cross_entropy of all logits. Asserted is
-that both find the same q(z | x) to 1e-4, the same loss and gradients of the weights. Adam's ε is 0.3 in both: a tiny
-one divides rounding by almost nothing where a gradient is almost nothing, and no two ways of computing agree.
+takes a dense [time, time] mask, and its likelihood is cross_entropy of all logits. Asserted is that both find the same
+q(z | x) to 1e-4, the same loss and gradients of the weights. Adam's ε is 0.3 in both: a tiny one divides rounding by
+almost nothing where a gradient is almost nothing, and no two ways of computing agree.
 Prints tokens per second, FLOP/s as torch's FlopCounterMode counts them (it counts no attention scores on a CPU), the
 ratio, and how a step's time divides. The parts are timed alone, forward and backward as in a fast step, so their shares
 are estimates: the first layer's self-attention has no backward there.
@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentlm import LTM, LTMConfig
 from latentlm.distributions import Stream, diagonal_gaussian, sample_from_noise, sequence_keys, sequence_noise
-from latentlm.layers import RMSNorm, causal_mask, rotation, token_log_likelihood
+from latentlm.layers import causal_mask, rotation, token_log_likelihood
 from latentlm.layers.transformer import Attention, Rotation, rotate
 
 TARGET = {"cpu": 1.6, "cuda": 3.0}
@@ -51,10 +51,6 @@ def plain_attention(
     return layer.output(attended.transpose(1, 2).flatten(2))
 
 
-def plain_norm(norm: RMSNorm, x: Tensor) -> Tensor:
-    return nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps)
-
-
 def plain_log_likelihood(model: LTM, latents: Tensor, input_ids: Tensor) -> Tensor:
     """log p(x | z) of each text, in nats."""
     config, (given, targets) = model.config, (input_ids[:, :-1], input_ids[:, 1:])
@@ -68,12 +64,12 @@ def plain_log_likelihood(model: LTM, latents: Tensor, input_ids: Tensor) -> Tens
     mask = (distance >= 0) & (distance < config.sliding_window)
     x = model.embed_tokens(given)
     for index, layer in enumerate(model.layers):
-        normed = plain_norm(layer.self_norm, x)
+        normed = layer.self_norm(x)
         x = x + plain_attention(layer.self_attention, normed, normed, by, by, mask)
-        normed = plain_norm(layer.cross_norm, x)
+        normed = layer.cross_norm(x)
         x = x + plain_attention(layer.cross_attention, normed, latents[:, index], by, latent_by, None)
-        x = x + layer.feed_forward(plain_norm(layer.feed_forward_norm, x))
-    logits = model.lm_head(plain_norm(model.norm, x))
+        x = x + layer.feed_forward(layer.feed_forward_norm(x))
+    logits = model.lm_head(model.norm(x))
     nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     return -nll.view_as(targets).sum(1)
 
@@ -141,7 +137,6 @@ MEANS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no gradients of the weights in fast steps": weights_gradients_too,
     "attention by blocks": lambda: mock.patch("latentlm.layers.window._LEAST_BLOCKS", 10**9),
     "projection fused with softmax": lambda: mock.patch("latentlm.causal_lm.token_log_likelihood", all_logits),
-    "RMSNorm's own backward": lambda: mock.patch.object(RMSNorm, "forward", nn.RMSNorm.forward),
     "what z does not change, once": lambda: mock.patch.object(LTM, "before_latents", lambda *_: None),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache, StaticCache
 
 from latentlm.causal_lm import CausalConfig, CausalLatentLM, token_cache
-from latentlm.layers import RMSNorm, SeenMask, TransformerBlock, rotation
+from latentlm.layers import SeenMask, TransformerBlock, rotation
 from latentlm.without_latents import WithoutLatents
 
 
@@ -62,7 +62,7 @@ class Autoregressive(WithoutLatents, CausalLatentLM):
         )
         if size is not None:
             self.memory = nn.Parameter(torch.empty(config.num_hidden_layers, config.memory_per_layer, size))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

@@ -24,7 +24,6 @@ from latentlm.errors import InputError
 from latentlm.latent_lm import TrainingInference
 from latentlm.layers import (
     AttentionPooling,
-    RMSNorm,
     SeenMask,
     TransformerBlock,
     TransformerEncoder,
@@ -111,7 +110,7 @@ class GPTVAE(CausalLatentLM, VariationalLM):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.latent_tokens = nn.Linear(config.latent_size, config.latent_tokens * config.hidden_size)
         self.layers = nn.ModuleList(TransformerBlock(config, index) for index in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.add_inference(TextEncoder, (config.latent_size,))
         self.post_init()

@@ -30,7 +30,6 @@ from latentlm.distributions import (
 from latentlm.layers import (
     AttentionPooling,
     Part,
-    RMSNorm,
     SeenMask,
     TransformerBlock,
     TransformerEncoder,
@@ -155,7 +154,7 @@ class LTM(CausalLatentLM, VariationalLM):
         self.layers = nn.ModuleList(
             TransformerBlock(config, index, latent_size=config.latent_size) for index in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.latent_prior == "diagonal":
             self.prior_mean = nn.Parameter(torch.zeros(latent_shape))

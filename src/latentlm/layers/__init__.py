@@ -2,7 +2,6 @@
 
 from latentlm.layers.convolution import CausalBlock
 from latentlm.layers.encoder import AttentionPooling, FixedScaleBatchNorm, TransformerEncoder, pool
-from latentlm.layers.norm import RMSNorm
 from latentlm.layers.projection import logits_of_few, token_log_likelihood
 from latentlm.layers.recomputation import recompute_layers
 from latentlm.layers.transformer import Part, TransformerBlock, rotation, rotation_at, self_cache
@@ -13,7 +12,6 @@ __all__ = [
     "CausalBlock",
     "FixedScaleBatchNorm",
     "Part",
-    "RMSNorm",
     "SeenMask",
     "TransformerBlock",
     "TransformerEncoder",

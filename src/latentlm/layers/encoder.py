@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_bidirectional_mask
 
-from latentlm.layers.norm import RMSNorm
 from latentlm.layers.transformer import TransformerBlock, rotation
 from latentlm.layers.window import causal_mask
 
@@ -23,7 +22,7 @@ class TransformerEncoder(nn.Module):
         super().__init__()
         self.config, self.causal = config, causal
         self.layers = nn.ModuleList(TransformerBlock(config, index, causal=causal) for index in range(num_layers))
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
         self, x: Float[Tensor, "batch time hidden"], attention_mask: Int64[Tensor, "batch time"] | None = None

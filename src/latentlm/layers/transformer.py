@@ -14,7 +14,6 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
-from latentlm.layers.norm import RMSNorm
 from latentlm.layers.window import Window, windowed_attention
 
 #: of a block: x + self-attention, which no latent of the block changes, or what comes after it
@@ -153,12 +152,12 @@ class TransformerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: PreTrainedConfig, layer_idx: int, latent_size: int | None = None, causal: bool = True):
         super().__init__()
-        self.self_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attention = Attention(config, layer_idx, causal=causal)
         if latent_size is not None:
-            self.cross_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.cross_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.cross_attention = Attention(config, layer_idx, memory_size=latent_size)
-        self.feed_forward_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.feed_forward = SwiGLU(config.hidden_size, config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
 
