@@ -9,6 +9,7 @@ STAMP := .venv/stamp
 BENCH := .venv/bench
 LOG := .venv/install.log
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+INSTALL := $(PIP) install --no-compile
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .DEFAULT_GOAL := help
@@ -49,7 +50,7 @@ bench-gpu: $(STAMP) $(BENCH)  ## those that have a GPU to be fast on, at full si
 # the peers that the benchmarks compare with
 $(BENCH): $(STAMP)
 	@echo "Installing the peers that benchmarks compare with ..."
-	@$(PIP) install -c constraints.txt -e '.[bench]' >> $(LOG) 2>&1 || { tail -n 30 $(LOG); exit 1; } >&2
+	@$(INSTALL) -c constraints.txt -e '.[bench]' >> $(LOG) 2>&1 || { tail -n 30 $(LOG); exit 1; } >&2
 	@touch $(BENCH)
 
 setup: $(STAMP)  ## only install, into .venv
@@ -58,6 +59,8 @@ clean:  ## remove .venv, caches and builds; runs/ stays
 	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find src tests benchmarks studies -type d \( -name __pycache__ -o -name '*.egg-info' \) -prune -exec rm -rf {} +
 
+# pip compiles on one core, tests of others too: compileall takes all cores for what may be imported. A file that is no
+# Python of this version (a template) is no failure.
 # The stamp holds the path of the checkout that it was made for, as scripts in .venv do: a moved or copied one is made anew.
 ifneq ($(shell [ -x $(BIN)/python ] && [ "$$(cat $(STAMP) 2>/dev/null)" = "$$(pwd -P)" ] && echo valid),valid)
 .PHONY: $(STAMP)
@@ -83,15 +86,16 @@ $(STAMP): pyproject.toml constraints.txt
 	trap 'if [ $$? -ne 0 ]; then tail -n 30 $(LOG); echo "The set-up failed; all of its output is in $(LOG)."; fi >&2' EXIT; \
 	if nvidia-smi -L >> $(LOG) 2>&1; then \
 	  echo "Installing $(TORCH) for the NVIDIA GPU ..."; \
-	  $(PIP) install $(TORCH) -c constraints.txt >> $(LOG) 2>&1; \
+	  $(INSTALL) $(TORCH) -c constraints.txt >> $(LOG) 2>&1; \
 	else \
 	  echo "Installing $(TORCH), CPU build ..."; \
-	  $(PIP) install --no-index --no-deps $(TORCH) >> $(LOG) 2>&1 \
-	    || $(PIP) install --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH) >> $(LOG) 2>&1 \
-	    || $(PIP) install --no-deps $(TORCH) >> $(LOG) 2>&1; \
+	  $(INSTALL) --no-index --no-deps $(TORCH) >> $(LOG) 2>&1 \
+	    || $(INSTALL) --no-deps --index-url https://download.pytorch.org/whl/cpu $(TORCH) >> $(LOG) 2>&1 \
+	    || $(INSTALL) --no-deps $(TORCH) >> $(LOG) 2>&1; \
 	fi; \
 	echo "Installing latentlm and what it needs (a few minutes at most) ..."; \
-	$(PIP) install -c constraints.txt -e '.[test,dev]' >> $(LOG) 2>&1; \
+	$(INSTALL) -c constraints.txt -e '.[test,dev]' >> $(LOG) 2>&1; \
 	$(PIP) check >> $(LOG) 2>&1; \
+	$(BIN)/python -m compileall -q -j 0 -x '/tests?/' .venv/lib >> $(LOG) 2>&1 || true; \
 	pwd -P > $(STAMP); \
 	echo "Set up."

@@ -175,6 +175,7 @@ def test_places_of_their_own_are_no_mistake():
     options.check_outputs([])
 
 
+@pytest.mark.slow
 def test_a_real_ctrl_c_ends_a_real_run(working_folder):
     """A process of its own: training is stopped at its first steps, leaves a checkpoint, and goes on from it."""
     steps = ["training.max_steps=2000", "training.save_strategy=steps", "training.save_steps=100"]

@@ -50,7 +50,7 @@ def test_cached_and_uncached_texts_are_equal(model, way, side):
     assert torch.equal(cached, model.generate(input_ids, use_cache=False, **given))
 
 
-@pytest.mark.parametrize("window", [1, 2, 4, None])
+@pytest.mark.parametrize("window", [2, None])
 @pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}, {"reinfer_every": 3}])
 @pytest.mark.parametrize("family", ["ltm", "autoregressive", "memory"])
 def test_a_static_cache_writes_the_same(family, options, window):

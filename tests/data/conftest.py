@@ -2,10 +2,10 @@
 
 import pytest
 
-from latentlm.data import sentences, train_tokenizer
-
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from latentlm.data import sentences, train_tokenizer
+
     texts = [document.text for document in sentences(300)]
     return train_tokenizer([*texts, "Ünïcödé, Ελληνικά: 日本語 🙂"], 400)

@@ -6,6 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 from tests import toy
+from tests.family_names import FAMILY_NAMES
 from tests.toy import (
     VARIANTS,
     VOCABULARY,
@@ -58,14 +59,13 @@ def gradients(model):
 
 
 def test_every_family_is_tested():
-    assert set(toy._OF_FAMILY) == set(FAMILIES)
+    assert set(toy._OF_FAMILY) == set(FAMILIES) == set(FAMILY_NAMES)
 
 
 # ---- decode and log_likelihood ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("samples", [(), (3,), (2, 3)])
+@pytest.mark.parametrize(("side", "samples"), [("none", (3,)), ("left", ()), ("left", (2, 3)), ("right", (3,))])
 def test_log_likelihood_is_decode_and_softmax(model, side, samples):
     input_ids, mask = texts(4, 9), None
     if side != "none":
@@ -105,8 +105,7 @@ def test_an_adapted_projection_is_scored_as_it_decodes(causal_family):
     torch.testing.assert_close(model.log_likelihood(latents, input_ids), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize(("side", "length"), [("none", 1), ("none", 2), ("none", 9), ("left", 9), ("right", 9)])
 def test_likelihood_of_a_text_is_the_log_likelihood_for_every_latent(model, side, length):
     """However often it is asked, with gradients of latents, and of samples."""
     input_ids, mask = texts(4, length), None
@@ -310,8 +309,7 @@ def test_forward_is_the_elbo_by_hand(name):
     assert output.logits is None
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("side", "training"), [("left", False), ("right", True)])
 def test_padding_and_order_change_no_figure(variant, model, side, training):
     if training and variant == "batch norm":
         pytest.skip("a text's q then depends on its batch, as documented")

@@ -10,7 +10,8 @@ import pytest
 SCRIPT = Path(__file__).with_name("killed.py")
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 50])
 def test_killed_runs_end_as_the_one_left_alone(tmp_path, kills):
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), str(tmp_path / "runs"), str(kills), "0"],

@@ -98,12 +98,13 @@ def test_two_processes_are_one_with_the_large_batch(tmp_path):
         assert first["figures"][name] == expected, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
         pytest.param((), id="sentences by length"),
-        pytest.param(PLAIN, id="random", marks=pytest.mark.slow),
-        pytest.param(("data.unit=blocks", "data.length=16"), id="blocks", marks=pytest.mark.slow),
+        pytest.param(PLAIN, id="random"),
+        pytest.param(("data.unit=blocks", "data.length=16"), id="blocks"),
     ],
 )
 def test_no_sequence_is_seen_twice_in_an_epoch(tmp_path, overrides):

@@ -1,8 +1,9 @@
 import pytest
-from tests.training import runs
 
 
 @pytest.fixture
 def unchecked():
+    from tests.training import runs
+
     with runs.unchecked():
         yield

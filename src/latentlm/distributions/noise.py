@@ -43,6 +43,9 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
+_SIGNED_GOLDEN, _SIGNED_MULTIPLY_1, _SIGNED_MULTIPLY_2 = map(_signed, (_GOLDEN, _MULTIPLY_1, _MULTIPLY_2))
+
+
 def _mix_int(value: int) -> int:
     value &= _MASK
     value = ((value ^ (value >> 30)) * _MULTIPLY_1) & _MASK
@@ -56,8 +59,8 @@ def _shift(value: Tensor, bits: int) -> Tensor:
 
 
 def _mix(value: Tensor) -> Tensor:
-    value = (value ^ _shift(value, 30)) * _signed(_MULTIPLY_1)
-    value = (value ^ _shift(value, 27)) * _signed(_MULTIPLY_2)
+    value = (value ^ _shift(value, 30)) * _SIGNED_MULTIPLY_1
+    value = (value ^ _shift(value, 27)) * _SIGNED_MULTIPLY_2
     return value ^ _shift(value, 31)
 
 
@@ -67,7 +70,7 @@ def sequence_keys(
     """A 64-bit hash of each row's real tokens and their order; padding on either side does not enter."""
     real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     rank = real.cumsum(1)
-    token_hash = _mix(input_ids + _mix(rank * _signed(_GOLDEN)))
+    token_hash = _mix(input_ids + _mix(rank * _SIGNED_GOLDEN))
     return _mix((token_hash * real).sum(1) + real.sum(1))
 
 
@@ -91,7 +94,7 @@ def sequence_noise(
     for part in (seed, int(stream), step):
         salt = _mix_int(salt + part * _GOLDEN + 1)
     base = _mix(keys ^ _signed(salt))
-    counter = torch.arange(1, pairs + 1, device=keys.device) * _signed(_GOLDEN)
+    counter = torch.arange(1, pairs + 1, device=keys.device) * _SIGNED_GOLDEN
     bits = _mix(base[:, None] + counter)
     # 24 bits for the angle and 32 for the radius: float32 holds no finer angle, and the tail reaches 6.7 deviations
     radius = (-2 * torch.log((_shift(bits, 32).double() + 0.5) * 2.0**-32)).sqrt().float()

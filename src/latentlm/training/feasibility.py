@@ -12,6 +12,7 @@ from latentlm.errors import InputError
 from latentlm.latent_lm import LatentLM, number_of_parameters
 
 _FLOAT = 4  # bytes
+_counted: dict[str, int] = {}  # by family and config: the runs of a sweep ask for few models, and often
 
 
 def check_memory(family: type[LatentLM], config: LatentLMConfig) -> None:
@@ -42,9 +43,12 @@ def check_memory(family: type[LatentLM], config: LatentLMConfig) -> None:
 
 
 def _parameters(family: type[LatentLM], config: LatentLMConfig, layers: dict[str, int]) -> int:
-    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    with torch.device("meta"):
-        return number_of_parameters(family(type(config)(**{**values, **layers})))
+    values = {**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, **layers}
+    key = f"{family} {values}"
+    if key not in _counted:
+        with torch.device("meta"):
+            _counted[key] = number_of_parameters(family(type(config)(**values)))
+    return _counted[key]
 
 
 def check_optimisation(arguments: TrainingArguments) -> None:

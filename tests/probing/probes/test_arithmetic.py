@@ -89,8 +89,14 @@ def test_groups_want_something_else_than_their_last_text_has():
     assert draw_groups(5, (1.0, 1.0), None, 4, np.random.default_rng(1))[1] is None
 
 
-@pytest.mark.parametrize("family", WRITING)
-@pytest.mark.parametrize(("operation", "weights"), [("analogy", [1, -1, 1]), ("sum", [1, 1]), ("mean", [0.5, 0.5])])
+@pytest.mark.parametrize(
+    ("family", "operation", "weights"),
+    [
+        *((family, "analogy", [1, -1, 1]) for family in WRITING),
+        ("gp_vae", "sum", [1, 1]),
+        ("gpt_vae", "mean", [0.5, 0.5]),
+    ],
+)
 def test_the_written_texts_are_those_of_the_sum(family, operation, weights):
     space = space_of(family)
     result = arithmetic(space, TEXTS, operation=operation, groups=4, most=2)
