@@ -4,6 +4,7 @@ import atexit
 import functools
 import tempfile
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from lang_vae import parts
@@ -45,6 +46,13 @@ def model(family: str) -> LatentLM:
     if family == "ltm":
         return LTM(LTMConfig(**decoder, latents_per_layer=8, inference_steps=4)).train()
     return Autoregressive(AutoregressiveConfig(**decoder)).train()
+
+
+def papers_ltm(size: Literal["small", "medium", "large"], **changes: Any) -> LTMConfig:
+    """Kong et al. 2025, appendix A: layers of 512, texts of 1,024 tokens of GPT-2's."""
+    end = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 50256)
+    shapes = {"vocab_size": 50257, "hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1376}
+    return LTMConfig.preset(size, **shapes, sliding_window=256, max_position_embeddings=1024, **end, **changes)
 
 
 @functools.cache

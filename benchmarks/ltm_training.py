@@ -26,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from _models import papers_ltm
 from _report import Comparison, add_json_option, seconds, write
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -232,11 +233,7 @@ def main() -> None:
         bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     if arguments.device == "cuda":
-        config = LTMConfig.preset(
-            "medium", vocab_size=50257, hidden_size=512, num_attention_heads=8, intermediate_size=1376,
-            sliding_window=256, max_position_embeddings=1024, inference_lr=0.3, inference_lr_final=0.3,
-            inference_epsilon=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        )  # fmt: skip
+        config = papers_ltm("medium", inference_lr=0.3, inference_lr_final=0.3, inference_epsilon=0.3)
     model = LTM(config).to(arguments.device).train()
     shape = (2 if arguments.small else 16 if arguments.device == "cuda" else 8, config.max_position_embeddings + 1)
     input_ids = torch.randint(1, config.vocab_size, shape, device=arguments.device)

@@ -19,12 +19,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _models import FAMILIES, LENGTH, model, texts
+from _models import FAMILIES, LENGTH, model, papers_ltm, texts
 from _report import Comparison, add_json_option, write
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentlm import LTM, LatentLM, LTMConfig
+from latentlm import LTM, LatentLM
 from latentlm.latent_lm import number_of_parameters
 
 GIB, GPU = 2**30, 80e9
@@ -79,12 +79,7 @@ def per_token(family: str, batch: int, anew: bool) -> float:
 def paper(anew: bool) -> tuple[float, float]:
     """Bytes of a step of the paper's largest LTM, and of its weights, their gradients and AdamW's moments."""
     with torch.device("meta"):
-        config = LTMConfig.preset(
-            "large", vocab_size=50257, hidden_size=512, num_attention_heads=8, intermediate_size=1376,
-            sliding_window=256, max_position_embeddings=1024, inference_steps=STEPS,
-            bos_token_id=50256, eos_token_id=50256, pad_token_id=50256,
-        )  # fmt: skip
-        one = LTM(config).train()
+        one = LTM(papers_ltm("large", inference_steps=STEPS)).train()
         input_ids = torch.zeros(TEXTS, 1025, dtype=torch.int64)
     of_weights = number_of_parameters(one) * 4.0 * 4
     one = one.to(torch.bfloat16)

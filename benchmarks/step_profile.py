@@ -22,13 +22,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _models import FAMILIES, LENGTH, model, texts
+from _models import FAMILIES, LENGTH, model, papers_ltm, texts
 from _report import add_json_option, write
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from latentlm import LTM, LatentLM, LTMConfig
+from latentlm import LTM, LatentLM
 from latentlm.evaluation.flops import training_flops
 from latentlm.latent_lm import number_of_parameters
 
@@ -115,10 +115,7 @@ def shares(step: Callable[[], None], device: str) -> dict[str, float]:
 
 def medium(rounds: int) -> dict[str, float]:
     """LTM-Medium on CUDA: tokens a second, and the model FLOP utilisation."""
-    config = LTMConfig.preset(
-        "medium", vocab_size=50257, hidden_size=512, num_attention_heads=8, intermediate_size=1376, sliding_window=256,
-        max_position_embeddings=1024, bos_token_id=50256, eos_token_id=50256, pad_token_id=50256,
-    )  # fmt: skip
+    config = papers_ltm("medium")
     one = LTM(config).to("cuda").train()
     input_ids = torch.randint(50256, (64, 1025), device="cuda")
     tokens, step = input_ids[:, 1:].numel(), step_of(one, input_ids)

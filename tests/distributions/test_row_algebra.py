@@ -84,8 +84,8 @@ def test_rows_are_their_leading_blocks_with_gradients(name, lengths):
 
 @pytest.mark.parametrize(
     ("lengths", "total"),
-    [([T], T), ([3], T), ([1], 1), ([0], T), ([0, 0], T), ([T - 1, T, 2, T, 1], T)],
-    ids=["one row", "one short row", "one number", "no numbers", "rows without numbers", "five rows"],
+    [([T], T), ([3], T), ([1], 1), ([0], T), ([0, 0], T), ([0, 0], 0), ([T - 1, T, 2, T, 1], T)],
+    ids=["one row", "one short row", "one number", "no numbers", "no numbers twice", "no times", "five rows"],
 )
 def test_rows_of_any_number_and_length(lengths, total):
     assert_the_same(torch.tensor(lengths), total=total)

@@ -106,7 +106,7 @@ class _LogDeterminant(torch.autograd.Function):
         of_covariance = None
         if ctx.needs_input_grad[0]:
             groups, _, _, number, _ = inverse.shape
-            weighted = gradient.reshape(groups, 1, -1) @ inverse.reshape(groups, -1, number * number)
+            weighted = gradient.flatten(1)[:, None] @ inverse.flatten(3).flatten(1, 2)
             of_padding = (gradient[..., None] * (1 - real)).sum((1, 2))  # the ones on the diagonal there
             of_covariance = weighted.view(groups, number, number) - torch.diag_embed(of_padding)
         return of_covariance, of_noise, None, None, None
