@@ -50,7 +50,7 @@ bench-gpu: $(STAMP) $(BENCH)  ## those that have a GPU to be fast on, at full si
 # the peers that the benchmarks compare with
 $(BENCH): $(STAMP)
 	@echo "Installing the peers that benchmarks compare with ..."
-	@$(INSTALL) -c constraints.txt -e '.[bench]' >> $(LOG) 2>&1 || { tail -n 30 $(LOG); exit 1; } >&2
+	@$(PIP) install -c constraints.txt -e '.[bench]' >> $(LOG) 2>&1 || { tail -n 30 $(LOG); exit 1; } >&2
 	@touch $(BENCH)
 
 setup: $(STAMP)  ## only install, into .venv

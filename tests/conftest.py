@@ -12,7 +12,7 @@ UNCHECKED = ("_shift", "_mix", "_mix_int", "_signed", "_init_weights")
 
 def pytest_configure(config):
     # what hands tests to processes runs none of them, and need not wait for all these imports
-    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+    if config.getoption("tx", None) and not config.getoption("collectonly") and not hasattr(config, "workerinput"):
         return
     import torch
     from transformers import PreTrainedConfig

@@ -50,8 +50,16 @@ def test_cached_and_uncached_texts_are_equal(model, way, side):
     assert torch.equal(cached, model.generate(input_ids, use_cache=False, **given))
 
 
-@pytest.mark.parametrize("window", [2, None])
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}, {"reinfer_every": 3}])
+@pytest.mark.parametrize(
+    ("options", "window"),
+    [
+        *(({}, window) for window in (1, 2, 4, None)),
+        ({"do_sample": True}, 2),
+        ({"num_beams": 3}, 2),
+        ({"num_beams": 3}, None),
+        ({"reinfer_every": 3}, 2),
+    ],
+)
 @pytest.mark.parametrize("family", ["ltm", "autoregressive", "memory"])
 def test_a_static_cache_writes_the_same(family, options, window):
     model = small_variant(family, sliding_window=window)

@@ -338,7 +338,7 @@ def test_a_scan_is_its_prefixes():
 
 
 def test_toeplitz_keeps_no_square_matrix():
-    """The largest tensor of a value and its gradient is far from T × T."""
+    """The largest tensor of a value and its gradient is far from T × T, where times are many (see conftest.py)."""
     times = torch.arange(512).double()
     largest = 0
 
@@ -374,6 +374,34 @@ def test_durbins_steps_and_a_factor_are_one_algebra(name, monkeypatch):
         found.append((*figures, *gradients))
     for by_steps, by_factor in zip(*found, strict=True):
         assert relative(by_factor, by_steps) < 1e-9
+
+
+def test_a_factor_that_rounding_prevents_is_lifted(monkeypatch):
+    """Of a process that Durbin's steps find positive and Cholesky's factorisation does not."""
+    monkeypatch.setattr("latentlm.distributions.algebra._FACTOR_UNTIL", 2**30)
+    process = GaussianProcess(RBF(60.0).double(), torch.arange(256.0), 1, 3e-15, "toeplitz")
+    assert isinstance(process.algebra, Toeplitz)
+    whole = process.kernel(process.times[:, None] - process.times)[0] + 3e-15 * torch.eye(256)
+    assert int(torch.linalg.cholesky_ex(whole).info) > 0
+    noise = randn(256, 1)
+    path = process.color(noise)
+    # float64 leaves this much of a condition number of 256 / 1e-10
+    assert relative(path, GaussianProcess(process.kernel, process.times, 1, 1e-10).color(noise)) < 1e-4
+    assert relative(process.whiten(path), noise) < 1e-4
+
+
+def test_a_length_that_was_first_asked_for_without_gradients_learns():
+    kernel, z = RBF(3.0).double(), randn(2, 9, 1)
+    gradients = []
+    for asked_before in (False, True):
+        process = GaussianProcess(kernel, torch.arange(9.0), 1, 0.1, "toeplitz", lengths=torch.tensor([9, 5]))
+        assert process.algebra.covariance.requires_grad
+        if asked_before:
+            with torch.no_grad():
+                process.log_prob(z)
+        total = process.log_prob(z).sum() + process.entropy().sum()
+        gradients.append(torch.autograd.grad(total, kernel.log_lengthscale)[0])
+    assert torch.equal(*gradients)
 
 
 def test_a_factor_made_without_gradients_is_not_taken_where_they_are_wanted():

@@ -138,6 +138,9 @@ def test_every_kth_token_counts_once_in_k_cases(k, side):
             order = scored[row % 3].cumsum(0)[places[chosen[row]]]
             assert (order.diff() == k).all() and (not len(order) or order[0] <= k)
     share = counts / draws
+    if k > 1:  # by the seed, and by the step
+        draw = [every_kth(scored.repeat(99, 1), k, keys[:297], seed=s, step=t)[0] for s, t in ((0, 0), (1, 0), (0, 1))]
+        assert not torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
     assert not share[~scored].any()
     # four deviations of a binomial share; exact where all are chosen
     assert ((share[scored] - 1 / k).abs() <= 4 * ((1 - 1 / k) / k / draws) ** 0.5).all()

@@ -10,6 +10,7 @@ Values are [B, G, T, R]; noise is [G, T], or [B, G, T] where each row has its ow
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,7 @@ from latentlm.distributions.kernels import Kernel
 _PIECE = 32  # steps that are taken between two products with all the past
 # G · T³ up to which one factor, and its gradient, cost less than Durbin's steps for whitening and coloring
 _FACTOR_UNTIL = 2**30
+_LIFT = 1e-10  # what a factor that rounding prevents is given, as a share of the variance
 
 
 class NotPositiveError(Exception):
@@ -147,7 +149,7 @@ class Dense(Algebra):
 
 
 class Toeplitz(Algebra):
-    """A stationary kernel on a regular grid with one noise: O(T²) once, no matrix of T × T.
+    """A stationary kernel on a regular grid with one noise: O(T²) once, of many times no matrix of T × T.
 
     Durbin's recursion gives the best linear forecast of z_t from z_<t for each t; the last forecast is, but for its
     scale, the first column of Σ⁻¹, which holds all of Σ⁻¹ (Gohberg and Semencul), so that Σ⁻¹ z is a few products of
@@ -201,28 +203,36 @@ class Toeplitz(Algebra):
         inverses, nothing = self._inverses_at(lengths), torch.zeros_like(self.covariance[:, 0])
         return torch.stack([inverses[int(length)][1] if length else nothing for length in lengths])
 
+    @contextmanager
+    def _learning(self) -> Iterator[None]:
+        """For what is kept, which has to learn whatever the first who asks for it does."""
+        with torch.inference_mode(False), torch.set_grad_enabled(self.covariance.requires_grad):
+            yield
+
     def _inverses_at(self, lengths: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
         """The first column [G, length] of the inverse of each leading block, and its log |Σ| [G]."""
         asked = {int(length) for length in lengths.unique()} - {0}
         if wanted := tuple(sorted(asked - self._inverses.keys())):
-            columns, log_determinants = _Inverses.apply(self.covariance, wanted)
+            with self._learning():
+                columns, log_determinants = _Inverses.apply(self.covariance, wanted)
             for length, column, log_determinant in zip(wanted, columns, log_determinants, strict=True):
                 self._inverses[length] = column[:, :length], log_determinant
         return {length: self._inverses[length] for length in asked}
 
     @cached_property
     def _factored(self) -> Dense | None:
-        """The same with a factor, where that is cheaper and float64 can."""
+        """The same with a factor, where that is cheaper."""
         groups, total = self.covariance.shape
         if groups * total**3 > _FACTOR_UNTIL:
             return None
-        # it is kept, so it has to learn whatever the first who asks for it does
-        with torch.inference_mode(False), torch.set_grad_enabled(self.covariance.requires_grad):
+        with self._learning():
+            both_ways = torch.cat((self.covariance.flip(-1), self.covariance[:, 1:]), -1)
+            whole = both_ways.unfold(-1, total, 1).flip(-2)
             try:
-                both_ways = torch.cat((self.covariance.flip(-1), self.covariance[:, 1:]), -1)
-                return Dense(both_ways.unfold(-1, total, 1).flip(-2))
-            except NotPositiveError:
-                return None
+                return Dense(whole)
+            except NotPositiveError:  # by a rounding error, since Durbin's variances were positive
+                lift = _LIFT * self.covariance[:, :1].expand(-1, total)
+                return Dense(whole + torch.diag_embed(lift))
 
     def _along(self, inputs: Tensor, *, whitens: bool) -> Tensor:
         """z from ε or ε from z, in √T pieces. With gradients a piece's forecasts are made again backwards."""

@@ -12,7 +12,6 @@ from latentlm.errors import InputError
 from latentlm.latent_lm import LatentLM, number_of_parameters
 
 _FLOAT = 4  # bytes
-_counted: dict[str, int] = {}  # by family and config: the runs of a sweep ask for few models, and often
 
 
 def check_memory(family: type[LatentLM], config: LatentLMConfig) -> None:
@@ -43,12 +42,9 @@ def check_memory(family: type[LatentLM], config: LatentLMConfig) -> None:
 
 
 def _parameters(family: type[LatentLM], config: LatentLMConfig, layers: dict[str, int]) -> int:
-    values = {**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)}, **layers}
-    key = f"{family} {values}"
-    if key not in _counted:
-        with torch.device("meta"):
-            _counted[key] = number_of_parameters(family(type(config)(**values)))
-    return _counted[key]
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    with torch.device("meta"):
+        return number_of_parameters(family(type(config)(**{**values, **layers})))
 
 
 def check_optimisation(arguments: TrainingArguments) -> None:
