@@ -142,6 +142,8 @@ def local_hub(patch: pytest.MonkeyPatch, cache: str) -> Iterator[Hub]:
     patch.setattr(constants, "HF_HUB_CACHE", cache)
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.address)
     patch.setattr("transformers.utils.hub.hf_api", lambda: huggingface_hub.HfApi(endpoint=hub.address))
+    # the one that it keeps, if somebody asked before; without, modules that hold `hf_api` itself wait for the real hub
+    patch.setattr("transformers.utils.hub._hf_api", huggingface_hub.HfApi(endpoint=hub.address), raising=False)
     patch.setenv("HF_TOKEN", TOKEN)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()

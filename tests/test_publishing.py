@@ -315,7 +315,7 @@ def test_two_parts_of_one_name(tmp_path):
         published_files(tmp_path / "run", "me/model")
 
 
-@pytest.mark.parametrize("family", ["ltm", pytest.param("lang_vae", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", ["ltm", "lang_vae"])
 def test_what_the_card_says_to_run_runs(hub, folder, model, tmp_path, monkeypatch, capsys):
     push_to_hub(folder, "me/model")
     monkeypatch.chdir(with_parts(model, tmp_path))

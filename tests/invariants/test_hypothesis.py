@@ -41,7 +41,7 @@ ELSEWHERE = {
 
 def examples(number: int) -> settings:
     return settings(
-        max_examples=number * TIMES,
+        max_examples=max(number // 2, 1) * TIMES,
         derandomize=TIMES == 1,
         deadline=None,
         database=None,
