@@ -151,6 +151,7 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **changes}
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_is_told_soon_and_in_one_sentence(folder):
     done = subprocess.run(
         [*COMMAND, "train", "small.yaml", "data.tokenizer=owner/name"],
@@ -163,6 +164,7 @@ def test_an_unreachable_hub_is_told_soon_and_in_one_sentence(folder):
     assert "hub cannot be reached" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_ends_the_command_quietly(folder):
     with subprocess.Popen(
         [*COMMAND, "generate", "model", "-n", "400", "--max-new-tokens", "40"],

@@ -99,7 +99,7 @@ def test_a_model_of_three_verbs_will_do(tmp_path):
 
 
 @pytest.mark.parametrize("family", worlds.KINDS)
-@pytest.mark.parametrize("number", [1, 2, 12])
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.slow), 12])
 def test_every_probe_answers_or_says_why_not(family, number, tmp_path):
     """Texts of which nothing is known, of every kind of latent: a result or one sentence, and never a defect."""
     try:
