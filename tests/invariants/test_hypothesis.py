@@ -41,7 +41,7 @@ ELSEWHERE = {
 
 def examples(number: int) -> settings:
     return settings(
-        max_examples=max(number // 2, 1) * TIMES,
+        max_examples=number * TIMES,
         derandomize=TIMES == 1,
         deadline=None,
         database=None,
@@ -153,7 +153,7 @@ def recipes(draw):
     return text
 
 
-@examples(350)
+@examples(175)
 @given(text=recipes())
 def test_recipes(folder, text):
     Path("any.yaml").write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -174,7 +174,7 @@ def is_small(recipe) -> bool:
     return max(counts) <= 512 and max(others) <= 64 and (recipe.data.limit or 10**9) <= 1000
 
 
-@examples(45)
+@examples(22)
 @given(several=st.lists(changes(strangest=False), min_size=1, max_size=2), family=st.sampled_from(sorted(RECIPES)))
 def test_a_recipe_that_passes_trains_a_step(folder, several, family):
     document = yaml.safe_load(RECIPES[family])
@@ -191,14 +191,14 @@ def test_a_recipe_that_passes_trains_a_step(folder, several, family):
             )
 
 
-@examples(80)
+@examples(40)
 @given(key=keys.map(".".join) | st.text(max_size=8), value=scalars.map(str) | st.sampled_from(ODD) | st.text())
 def test_overrides(folder, key, value):
     with one_sentence_or_none():
         parse_recipe(RECIPES["ltm"], "small.yaml", [f"{key}={value}"])
 
 
-@examples(80)
+@examples(40)
 @given(data=st.data())
 def test_sweeps(folder, data):
     document = yaml.safe_load(SWEEP)
@@ -254,7 +254,7 @@ def data_files(draw):
 columns = st.none() | st.sampled_from(["text", "id", "1", "0", "99999999999999999999", "٣"])
 
 
-@examples(300)
+@examples(150)
 @given(
     file=data_files(),
     column=columns,
@@ -274,7 +274,7 @@ def test_data_files(folder, model, file, column, sample_by, limit):
         assert blocks.num_bytes == sum(len(document.text.encode()) for document in documents)
 
 
-@examples(40)
+@examples(20)
 @given(file=data_files(), verb=st.sampled_from(["evaluate", "encode"]), column=columns)
 def test_data_files_through_the_command(folder, file, verb, column):
     suffix, content = file
@@ -301,7 +301,7 @@ def arrays(draw):
             return np.zeros(draw(shapes))
 
 
-@examples(110)
+@examples(55)
 @given(
     array=arrays(),
     name=st.sampled_from(["mean"] * 5 + ["means", "ids"]),
@@ -327,7 +327,7 @@ def test_latents_from_a_file(folder, array, name, damage, prompts, greedy, parqu
     ends_well("generate", "model", "--latents", str(path), *options)
 
 
-@examples(100)
+@examples(50)
 @given(
     shape=shapes,
     number=st.sampled_from(NUMBERS),
@@ -359,14 +359,14 @@ NUMBER_OPTIONS = [
 numbers = st.integers(-2, 5) | st.floats() | st.sampled_from([10**30, "", "x", "1_0", "٣"])
 
 
-@examples(60)
+@examples(30)
 @given(given_options=st.dictionaries(st.sampled_from(NUMBER_OPTIONS), numbers, max_size=3), prompt=st.text(max_size=5))
 def test_options_of_generate(folder, given_options, prompt):
     options = [part for name, value in given_options.items() for part in (name, str(value))]
     ends_well("generate", "model", "--max-new-tokens", "3", "--prompt", prompt, *options)
 
 
-@examples(25)
+@examples(12)
 @given(field=st.sampled_from([f for f in FIELDS["model"] if "inf" in f]), value=scalars.map(str))
 def test_inference_of_a_trained_model(folder, field, value):
     ends_well("encode", "model", "--text", "a", "--output", "any.npz", "--set", f"{field}={value}")

@@ -25,7 +25,8 @@ from latentlm.distributions.kernels import Kernel
 _PIECE = 32  # steps that are taken between two products with all the past
 # G · T³ up to which one factor, and its gradient, cost less than Durbin's steps for whitening and coloring
 _FACTOR_UNTIL = 2**30
-_LIFT = 1e-10  # what a factor that rounding prevents is given, as a share of the variance
+# a factorisation that fails is tried again with so much more noise, as a share of the variance
+JITTERS = (0.0, 1e-10, 1e-8, 1e-6)
 
 
 class NotPositiveError(Exception):
@@ -231,7 +232,7 @@ class Toeplitz(Algebra):
             try:
                 return Dense(whole)
             except NotPositiveError:  # by a rounding error, since Durbin's variances were positive
-                lift = _LIFT * self.covariance[:, :1].expand(-1, total)
+                lift = JITTERS[1] * self.covariance[:, :1].expand(-1, total)
                 return Dense(whole + torch.diag_embed(lift))
 
     def _along(self, inputs: Tensor, *, whitens: bool) -> Tensor:

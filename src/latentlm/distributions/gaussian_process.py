@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal, constraints, register_kl
 
-from latentlm.distributions.algebra import Algebra, Dense, NotPositiveError, Toeplitz, cut, of_groups
+from latentlm.distributions.algebra import JITTERS, Algebra, Dense, NotPositiveError, Toeplitz, cut, of_groups
 from latentlm.distributions.gaussian import sample_from_noise, select_rows
 from latentlm.distributions.kernels import Kernel
 from latentlm.distributions.row_algebra import DenseRows
@@ -19,8 +19,6 @@ from latentlm.errors import DivergedError, InputError
 
 AlgebraName = Literal["auto", "dense", "toeplitz", "state_space", "inducing"]
 
-# a factorisation that fails is tried again with so much more noise, as a share of the kernel's variance
-_JITTERS = (0.0, 1e-10, 1e-8, 1e-6)
 # below this many times a factor is cheaper than the steps of the structured algebras
 _FEW_TIMES = 256
 _LOG_2PI = math.log(2 * math.pi)
@@ -143,7 +141,7 @@ class GaussianProcess(Distribution):
         """
         size = of_groups(self.kernel.variance().to(noise.device), noise.shape[-2])[:, None]
         shared = noise.dim() == 2
-        for jitter in _JITTERS:
+        for jitter in JITTERS:
             try:
                 total = noise + jitter * size
                 if self.algebra_name == "state_space":
@@ -160,7 +158,7 @@ class GaussianProcess(Distribution):
         nugget = self.nugget.detach()
         raise DivergedError(
             f"the covariance of {self.kernel.described()} with nugget {float(nugget.min()):.3g} at {len(self.times)} "
-            f"times is not positive definite in float64, even with {_JITTERS[-1]:g} of its variance added: "
+            f"times is not positive definite in float64, even with {JITTERS[-1]:g} of its variance added: "
             "raise the nugget or shorten the lengthscale"
         )
 
