@@ -51,9 +51,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("side", ["none", "left"])
-def test_a_step_of_training_is_the_plain_one(variant, side):
+def test_a_step_of_training_is_the_plain_one(variant, side, monkeypatch):
     input_ids, mask = texts(4, 19), None
-    if side != "none":
+    if side == "none":
+        monkeypatch.setattr("latentlm.layers.transformer._MANY_QUERIES", 1)  # attention to latents by products
+    else:
         input_ids, mask = padded(input_ids, LENGTHS, side)
     # a tiny ε divides rounding by almost nothing where a gradient is almost nothing
     changes = {"inference_epsilon": 0.3} if VARIANTS[variant][0] not in ("autoregressive", "huggingface") else {}
@@ -274,27 +276,46 @@ def test_fast_steps_ask_the_device_nothing(variant, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_compiled_fast_steps_have_gradients_of_latents_alone(monkeypatch):
-    """A compiled backward computes what its graph was made for: of weights, too, if these asked when it was made."""
+@pytest.mark.parametrize(
+    ("variant", "recomputed"),
+    [("learned start", False), ("learned start", True), ("cooperative", False), ("gradient gpt_vae", False)],
+)
+def test_a_compiled_fast_step_is_one_graph_of_gradients_of_latents_alone(variant, recomputed):
+    """It keeps nothing for a backward, and computes no weight's gradient, as it would if weights asked for one."""
     graphs = []
 
-    def backward(graph, _inputs):
-        (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
-        graphs.append([tuple(one.meta["val"].shape) for one in outputs if one is not None])
-        return make_boxed_func(graph.forward)
+    def noted(kind):
+        def compiler(graph, _inputs):
+            (outputs,) = next(node for node in graph.graph.nodes if node.op == "output").args
+            shapes = [tuple(one.meta["val"].shape) for one in outputs if isinstance(one, torch.fx.Node)]
+            graphs.append((kind, shapes))
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    def step(model, seed):
+        model.zero_grad()
+        loss = model(input_ids, seed=seed).loss
+        loss.backward()
+        return loss, [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
     jaxtyping.config.update("jaxtyping_disable", True)  # checks of shapes cannot be compiled
     try:
-        model, input_ids = small_variant("learned start").train(), texts(2, 9)
-        plain = model(input_ids, seed=1).loss
-        compiler = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=backward)
-        loss = torch.compile(model, backend=compiler)(input_ids, seed=1).loss
-        loss.backward()
+        model, input_ids = small_variant(variant).train(), texts(4, 19)
+        if recomputed:
+            model.gradient_checkpointing_enable()
+        plain = step(model, 1)
+        kinds = ("fw_compiler", "bw_compiler", "inference_compiler")
+        compiled = torch.compile(model, backend=aot_autograd(**{kind: noted(kind) for kind in kinds}))
+        torch.testing.assert_close(step(compiled, 1), plain)
+        step(compiled, 2)
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
         torch.compiler.reset()
-    torch.testing.assert_close(loss, plain)
-    latents = (2, *model.latent_shape)
-    weights = [shapes for shapes in graphs if (64, 16) in shapes]  # of a feed-forward layer
-    assert len(weights) == 1  # the slow step's
-    assert [latents] in graphs  # the likelihood of a fast step
+    latents = (2, 4, *model.latent_shape)
+    if recomputed:  # which one graph cannot have
+        assert ("bw_compiler", [latents]) in graphs
+    else:
+        whole = [kind for kind, shapes in graphs if shapes == [(4,), latents]]
+        assert whole == ["inference_compiler"]  # for all steps and both batches
+        assert "bw_compiler" not in [kind for kind, shapes in graphs if latents in shapes]

@@ -8,10 +8,13 @@ from latentlm.layers import projection, token_log_likelihood
 TOKENS, HIDDEN, VOCABULARY = 13, 6, 11
 
 
-@pytest.fixture(params=[2**20, 5 * VOCABULARY, 1], ids=["whole", "by fives", "by ones"])
+@pytest.fixture(params=[(TOKENS, 1), (5, 4096), (1, 1)], ids=["whole, long", "by fives", "by ones, long"])
 def parts(request, monkeypatch):
-    """All tokens at a time, five, or one."""
-    monkeypatch.setattr(projection, "_LOGITS_ON_CPU", request.param)
+    """All tokens at a time, five, or one; by a vocabulary that counts as long, or does not."""
+    tokens, long = request.param
+    monkeypatch.setattr(projection, "_LOGITS_ON_CPU", 1)
+    monkeypatch.setattr(projection, "_LEAST_TOKENS", tokens)
+    monkeypatch.setattr(projection, "_LONG", long)
 
 
 def inputs(dtype=torch.float64):
@@ -143,3 +146,10 @@ def test_nothing_is_made_for_a_gradient_that_nobody_takes(monkeypatch, mode):
     assert not any(wanted[0])
     token_log_likelihood(states, weight, torch.tensor([0, 1, 2, 3])).sum().backward()
     assert wanted[1] == (True, True, False) and states.grad.any() and weight.grad.any()
+
+
+def test_parts_of_a_long_vocabulary_are_no_crumbs():
+    """2^22 logits would be 20 tokens of 200,000: reading the weights would take longer than the products."""
+    states, weight = torch.empty(600, 1), torch.empty(200_000, 1)
+    assert [part.start for part in projection._parts(states, weight)] == [0, 256, 512]
+    assert [part.start for part in projection._parts(states, weight[:8192])] == [0, 512]

@@ -11,7 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import flash_attention_mask
 
-from latentlm.layers import TransformerBlock, causal_mask, rotation
+from latentlm.layers import TransformerBlock, causal_mask, rotation, transformer
 from latentlm.layers.transformer import Attention, SwiGLU, rotate
 
 WIDTH, THETA = 8, 10000.0
@@ -81,8 +81,10 @@ def test_self_attention_by_loops(x, window):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)  # float32 angles
 
 
-def test_cross_attention_by_loops(x):
+@pytest.mark.parametrize("many", [5, 6], ids=["products", "fused"])
+def test_cross_attention_by_loops(x, many, monkeypatch):
     """Every position sees every latent."""
+    monkeypatch.setattr(transformer, "_MANY_QUERIES", many)
     memory = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     attention, places = block().cross_attention, [2.5, 7.5, 12.5]
     turns = rotation(torch.arange(5)[None], WIDTH, THETA), rotation(torch.tensor([places]), WIDTH, THETA)

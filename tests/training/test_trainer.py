@@ -158,10 +158,10 @@ def test_layers_computed_anew_train_as_kept_ones(tmp_path, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["ltm", "autoregressive"])
 def test_compiled_training_has_the_losses_of_eager_training(tmp_path, unchecked, family):
-    eager = run(tmp_path / "eager", "data.unit=blocks", "data.length=24", family=family)
-    compiled = run(
-        tmp_path / "compiled", "data.unit=blocks", "data.length=24", "training.torch_compile=true", family=family
-    )
+    # 19 fits no vector: what a compiler gets wrong, it gets wrong at the end of a row
+    blocks = ["data.unit=blocks", "data.length=19"]
+    eager = run(tmp_path / "eager", *blocks, family=family)
+    compiled = run(tmp_path / "compiled", *blocks, "training.torch_compile=true", family=family)
     assert compiled.logged("loss") == pytest.approx(eager.logged("loss"), abs=1e-4)
     assert compiled.logged("grad_norm") == pytest.approx(eager.logged("grad_norm"), rel=1e-3)
     assert load(tmp_path / "compiled")[0].state_dict().keys() == eager.model.state_dict().keys()

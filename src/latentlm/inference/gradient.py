@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from torch.distributions import Distribution, kl_divergence
@@ -114,7 +115,10 @@ def infer_by_gradient(
         attention_mask = None if attention_mask is None else attention_mask.clone()
         # one tensor, so that a step of Adam is one kernel
         parameters = torch.stack((start_mean.detach().float(), start_log_variance.detach().float()))
-    with held(model):
+    # a compiler otherwise cuts a step in two where its gradient is asked for, and keeps what the second half reads; but
+    # it refuses layers that are computed anew within one graph (torch 2.13)
+    whole = not getattr(model, "gradient_checkpointing", False)
+    with held(model), torch._dynamo.config.patch(trace_autograd_ops=whole):
         scored = model.scored_tokens(input_ids, attention_mask)
         prior = model.prior(len(input_ids), scored.sum(1), condition)
         keys = sequence_keys(input_ids, attention_mask)
@@ -123,22 +127,33 @@ def infer_by_gradient(
         # without decay, which would bias q towards (0, 1)
         fused = parameters.device.type in _HAVE_FUSED_ADAM
         adam = torch.optim.Adam([parameters], betas=ADAM_BETAS, eps=epsilon, maximize=True, fused=fused)
-        for step in range(steps):
+        # a compiler that sees it takes this batch's tensors for ones that stay, and compiles anew for every batch
+        update = torch.compiler.disable(adam.step)
+        shape = noise_shape(model.posterior(parameters[0], parameters[1], prior))
+
+        def slope(noise: Tensor, at: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
+            """The objective of each row at a step's noise, and its gradient in the parameters."""
             posterior = model.posterior(parameters[0], parameters[1], prior)
-            draw = step if renew_noise else 0
-            noise = sequence_noise(keys, noise_shape(posterior), seed=seed, stream=Stream.INFERENCE, step=draw)
             latents = sample_from_noise(posterior, noise)
-            if subsampling == 1:
+            if at is None or counts is None:
                 log_likelihood = likelihood(latents).sum(-1)
             else:
-                at, counts = every_kth(scored, subsampling, keys, seed=seed, step=draw)
                 log_likelihood = subsampling * likelihood(latents, at).masked_fill(~counts, 0.0).sum(-1)
             bound = elbo(log_likelihood, charge(posterior, prior), beta)
-            (parameters.grad,) = torch.autograd.grad(bound.sum(), parameters)
+            (gradient,) = torch.autograd.grad(bound.sum(), parameters)
+            return bound.detach(), gradient
+
+        for step in range(steps):
+            draw = step if renew_noise else 0
+            noise = sequence_noise(keys, shape, seed=seed, stream=Stream.INFERENCE, step=draw)
+            at, counts = (
+                (None, None) if subsampling == 1 else every_kth(scored, subsampling, keys, seed=seed, step=draw)
+            )
+            bound, parameters.grad = slope(noise, at, counts)
             if on_step is not None:
-                on_step(step, bound.detach(), (parameters.grad[0], parameters.grad[1]))
+                on_step(step, bound, (parameters.grad[0], parameters.grad[1]))
             adam.param_groups[0]["lr"] = learning_rate(step)
-            adam.step()
+            update()
     mean, log_variance = parameters.detach()
     if mean.device.type != "cpu":
         check_finite(mean, log_variance)

@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 # logits alive at a time: on a CPU what a core's cache holds, on a GPU what keeps its units busy
 _LOGITS_ON_CPU = 2**22
 _LOGITS_ON_GPU = 2**26
+_LEAST_TOKENS = 256  # of a part: with fewer, reading the weights takes longer than the products
+_LONG = 4096  # vocabulary
 
 
 def token_log_likelihood(
@@ -43,6 +45,13 @@ def logits_of_few(
     return (weight @ states.flatten(0, 1).T).T.unflatten(0, states.shape[:2])
 
 
+def _logits(states: Tensor, weight: Tensor) -> Tensor:
+    """As `logits_of_few`, where a vocabulary is long beside a part of the tokens: up to a fifth less time."""
+    if states.device.type == "cpu" and len(weight) >= _LONG:
+        return (weight @ states.T).T
+    return states @ weight.T
+
+
 class _TokenLogLikelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -55,7 +64,7 @@ class _TokenLogLikelihood(torch.autograd.Function):
         slope_of_weight = torch.zeros_like(weight, dtype=precise) if at_once else None
         for part in _parts(states, weight):
             # in place: memory that is new to the process costs as much as the softmax
-            logits, here = (states[part] @ weight.T).to(precise), targets[part, None]
+            logits, here = _logits(states[part], weight).to(precise), targets[part, None]
             logits.sub_(logits.amax(-1, keepdim=True))
             of_targets = logits.gather(-1, here)
             totals = logits.exp_().sum(-1, keepdim=True)
@@ -83,7 +92,7 @@ class _TokenLogLikelihood(torch.autograd.Function):
             return gradient_of_states, (gradient[:1].sum() * slope_of_weight).to(weight.dtype), None
         gradient_of_weight = torch.zeros_like(weight, dtype=gradient.dtype)
         for part in _parts(states, weight):
-            weights = (states[part] @ weight.T).softmax(-1, dtype=gradient.dtype)
+            weights = _logits(states[part], weight).softmax(-1, dtype=gradient.dtype)
             weights.mul_(gradient[part, None])
             weights.scatter_add_(1, targets[part, None], -gradient[part, None])
             _subtract_product(gradient_of_weight, weights.to(states.dtype).T, states[part])
@@ -100,5 +109,5 @@ def _subtract_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _parts(states: Tensor, weight: Tensor) -> list[slice]:
     logits = _LOGITS_ON_CPU if states.device.type == "cpu" else _LOGITS_ON_GPU
-    size = max(logits // len(weight), 1)
+    size = max(logits // len(weight), _LEAST_TOKENS)
     return [slice(start, start + size) for start in range(0, len(states), size)]
