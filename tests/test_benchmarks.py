@@ -23,6 +23,7 @@ WHOLE = {
     "ltm_generation": ["--repeats", "1", "--threads", "1"],
     "ltm_training": ["--repeats", "1", "--threads", "1", "--small", "--each"],
     "memory": ["--batch", "2"],
+    "projection": ["--small", "--rounds", "1", "--threads", "1"],
     "scaling": ["--skip-paper"],
     "step_profile": ["--batch", "1", "--rounds", "1", "--threads", "1"],
     "time_to_quality": [

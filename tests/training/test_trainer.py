@@ -158,7 +158,7 @@ def test_layers_computed_anew_train_as_kept_ones(tmp_path, family):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["ltm", "autoregressive"])
 def test_compiled_training_has_the_losses_of_eager_training(tmp_path, unchecked, family):
-    # 19 fits no vector: what a compiler gets wrong, it gets wrong at the end of a row
+    # 19 fits no vector, and what a compiler gets wrong is the end of a row
     blocks = ["data.unit=blocks", "data.length=19"]
     eager = run(tmp_path / "eager", *blocks, family=family)
     compiled = run(tmp_path / "compiled", *blocks, "training.torch_compile=true", family=family)
