@@ -174,6 +174,7 @@ def test_text_that_fails_leaves_what_came_before(tokenizer, tmp_path):
     assert content(tmp_path / "store") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_processes_that_are_killed_leave_what_the_next_one_needs(tokenizer, tmp_path):
     documents = DOCUMENTS * 8
     start = time.monotonic()

@@ -202,7 +202,7 @@ def test_a_resumed_run_has_the_same_encoder_section(tmp_path):
 
 def test_a_controller_brings_the_kl_to_its_target(tmp_path):
     """From a KL far above and far below; β is what moves, and its value is saved with the weights."""
-    overrides = ("training.max_steps=150", "model.kl_target=2.0", "training.learning_rate=3e-3", "data.limit=100")
+    overrides = ("training.max_steps=60", "model.kl_target=2.0", "training.learning_rate=3e-3", "data.limit=100")
     result = run(tmp_path / "run", *overrides, family="gpt_vae")
     kl, beta = result.logged("kl_per_sequence"), result.logged("beta")
     assert beta[0] == pytest.approx(0.01) and max(beta) <= 1
