@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SMALL = {
-    "projection": ["--small", "--rounds", "1", "--threads", "1"],
+    "projection": ["--small", "--rounds", "1", "--threads", "1", "--vocabularies", "64"],
 }
 WHOLE = {
     "gp_vae": ["--rounds", "1", "--batch", "2", "--length", "8", "--vocabulary", "64"],
