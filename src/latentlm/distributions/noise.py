@@ -64,7 +64,7 @@ def _mix(value: Tensor) -> Tensor:
     return value ^ _shift(value, 31)
 
 
-# inductor makes an index of a rank, and loses the high bits of its product in the last few numbers of a row (torch 2.13)
+# inductor (torch 2.13) takes a rank for an index, and its product with a large number wrong at some lengths
 @torch.compiler.disable
 def sequence_keys(
     input_ids: Int64[Tensor, "batch time"], attention_mask: Int64[Tensor, "batch time"] | None = None

@@ -117,7 +117,7 @@ def infer_by_gradient(
         parameters = torch.stack((start_mean.detach().float(), start_log_variance.detach().float()))
     # a compiler otherwise cuts a step in two where its gradient is asked for, and keeps what the second half reads; but
     # it refuses layers that are computed anew within one graph (torch 2.13)
-    whole = not getattr(model, "gradient_checkpointing", False)
+    whole = not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     with held(model), torch._dynamo.config.patch(trace_autograd_ops=whole):
         scored = model.scored_tokens(input_ids, attention_mask)
         prior = model.prior(len(input_ids), scored.sum(1), condition)
