@@ -137,7 +137,7 @@ def all_logits(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 MEANS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no gradients of the weights in fast steps": weights_gradients_too,
     "attention by blocks": lambda: mock.patch("latentlm.layers.window._LEAST_BLOCKS", 10**9),
-    "attention to few latents by products": lambda: mock.patch("latentlm.layers.transformer._FEW_KEYS", 0),
+    "attention to few latents by products": lambda: mock.patch("latentlm.layers.transformer._FEW_KEYS", ()),
     "projection fused with softmax": lambda: mock.patch("latentlm.causal_lm.token_log_likelihood", all_logits),
     "what z does not change, once": lambda: mock.patch.object(LTM, "before_latents", lambda *_: None),
 }

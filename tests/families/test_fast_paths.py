@@ -54,7 +54,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_a_step_of_training_is_the_plain_one(variant, side, monkeypatch):
     input_ids, mask = texts(4, 19), None
     if side == "none":
-        monkeypatch.setattr("latentlm.layers.transformer._MANY_QUERIES", 1)  # attention to latents by products
+        products = ("latentlm.layers.transformer._FEW_KEYS", "latentlm.layers.transformer._MANY_QUERIES")
+        for name, value in zip(products, (range(1, 16), 1), strict=True):
+            monkeypatch.setattr(name, value)
     else:
         input_ids, mask = padded(input_ids, LENGTHS, side)
     # a tiny ε divides rounding by almost nothing where a gradient is almost nothing

@@ -84,6 +84,7 @@ def test_self_attention_by_loops(x, window):
 @pytest.mark.parametrize("many", [5, 6], ids=["products", "fused"])
 def test_cross_attention_by_loops(x, many, monkeypatch):
     """Every position sees every latent."""
+    monkeypatch.setattr(transformer, "_FEW_KEYS", range(3, 4))
     monkeypatch.setattr(transformer, "_MANY_QUERIES", many)
     memory = torch.randn(2, 3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     attention, places = block().cross_attention, [2.5, 7.5, 12.5]
@@ -91,6 +92,25 @@ def test_cross_attention_by_loops(x, many, monkeypatch):
     found = attention.cross_attention(x, memory, *turns, None)
     expected = by_loops(attention, x, memory, range(5), places, lambda t, n: True)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_products_with_few_latents_leave_dropout_and_half_precision_to_fused_attention(monkeypatch):
+    """Dropped out weights are no softmax, and bf16 rounds scores to 8 bits."""
+    attention = small_model("ltm", dropout=0.5, latents_per_layer=4).layers[0].cross_attention
+    query, key = torch.randn(1, 2, 128, WIDTH), torch.randn(1, 2, 4, WIDTH)
+    fused = []
+    original = nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        nn.functional,
+        "scaled_dot_product_attention",
+        lambda *given, **how: (fused.append(1), original(*given, **how))[1],
+    )
+    attention.eval()._attend(query, key, key, None)
+    assert not fused
+    first, second = (attention.train()._attend(query, key, key, None) for _ in range(2))
+    assert len(fused) == 2 and not torch.equal(first, second)
+    attention.eval().bfloat16()._attend(query.bfloat16(), key.bfloat16(), key.bfloat16(), None)
+    assert len(fused) == 3
 
 
 def test_memory_stays_in_the_cache(x):

@@ -116,7 +116,7 @@ def infer_by_gradient(
         # one tensor, so that a step of Adam is one kernel
         parameters = torch.stack((start_mean.detach().float(), start_log_variance.detach().float()))
     # a compiler otherwise cuts a step in two where its gradient is asked for, and keeps what the second half reads; but
-    # it refuses layers that are computed anew within one graph (torch 2.13)
+    # within one graph it refuses to compute attention anew, which it takes for random (torch 2.13)
     whole = not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     with held(model), torch._dynamo.config.patch(trace_autograd_ops=whole):
         scored = model.scored_tokens(input_ids, attention_mask)
@@ -127,9 +127,10 @@ def infer_by_gradient(
         # without decay, which would bias q towards (0, 1)
         fused = parameters.device.type in _HAVE_FUSED_ADAM
         adam = torch.optim.Adam([parameters], betas=ADAM_BETAS, eps=epsilon, maximize=True, fused=fused)
-        # a compiler that sees it takes this batch's tensors for ones that stay, and compiles anew for every batch
+        # a compiler that sees it takes this batch's tensors for ones that stay
         update = torch.compiler.disable(adam.step)
-        shape = noise_shape(model.posterior(parameters[0], parameters[1], prior))
+        with torch.no_grad():
+            shape = noise_shape(model.posterior(parameters[0], parameters[1], prior))
 
         def slope(noise: Tensor, at: Tensor | None, counts: Tensor | None) -> tuple[Tensor, Tensor]:
             """The objective of each row at a step's noise, and its gradient in the parameters."""

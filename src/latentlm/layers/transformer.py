@@ -18,9 +18,9 @@ from latentlm.layers.window import Window, windowed_attention
 
 #: of a block: x + self-attention, which no latent of the block changes, or what comes after it
 Part = Literal["whole", "tokens", "rest"]
-# fused attention on a CPU takes 16 keys at a time, and what is left over one by one: a text that looks at fewer latents
-# is faster by products and a softmax
-_FEW_KEYS, _MANY_QUERIES = 16, 128
+# fused attention on a CPU takes 16 keys at a time, and what is left over one by one: for a text that looks at fewer,
+# products and a softmax are faster in float32, and never slower by much; in bf16 they are slower, and round the scores
+_FEW_KEYS, _MANY_QUERIES = range(4, 16), 128
 Rotation = tuple[Float[Tensor, "_rows 1 _time width"], Float[Tensor, "_rows 1 _time width"]]
 
 
@@ -114,8 +114,9 @@ class Attention(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Window | None) -> Tensor:
         dropout = self.config.dropout if self.training else 0.0
-        few = query.device.type == "cpu" and key.shape[2] < _FEW_KEYS and query.shape[2] >= _MANY_QUERIES
-        if few and mask is None and not dropout and self.config._attn_implementation == "sdpa":
+        few = query.device.type == "cpu" and key.shape[2] in _FEW_KEYS and query.shape[2] >= _MANY_QUERIES
+        plain = mask is None and not dropout and self.config._attn_implementation == "sdpa"
+        if few and plain and query.dtype in (torch.float32, torch.float64):
             weights = (query @ (key * self.head_size**-0.5).transpose(-1, -2)).softmax(-1)
             return self.output((weights @ value).transpose(1, 2).flatten(2))
         if isinstance(mask, Window):
