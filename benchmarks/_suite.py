@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 SMALL: dict[str, list[str]] = {
     "ltm_training": ["--small", "--repeats", "1"],
     "ltm_generation": ["--small", "--repeats", "1"],
-    "projection": ["--small", "--rounds", "2"],
+    "projection": ["--small", "--rounds", "2", "--vocabularies", "8192"],
     "step_profile": ["--batch", "1", "--rounds", "1", "--families", "ltm"],
     "memory": ["--small"],
     "gpt_vae": ["--small", "--rounds", "2"],
