@@ -29,7 +29,7 @@ SMALL: dict[str, list[str]] = {
     "projection": ["--small", "--rounds", "2", "--vocabularies", "8192"],
     "step_profile": ["--batch", "1", "--rounds", "1", "--families", "ltm"],
     "memory": ["--small"],
-    "gpt_vae": ["--small", "--rounds", "2"],
+    "gpt_vae": ["--small", "--rounds", "1"],
     "gp_vae": ["--small", "--rounds", "2"],
     "gp_prior": ["--small", "--rounds", "1", "--threads", "2"],
     "lang_vae": ["--rounds", "1"],
